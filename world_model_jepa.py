@@ -1,0 +1,366 @@
+"""The world model: an image encoder, latent dynamics, and an EMA target encoder (JEPA).
+
+    from world_model_jepa import load_checkpoint
+    model = load_checkpoint("jepa_world_model.pt")
+    z = model.encode(obs)                  # (B, 3, H, W) in [0, 1] -> (B, 128)
+    z_next = model.predict_next(z, action) # the latent one action later, no pixel in between
+
+This module reads and writes nothing but checkpoints. `train_jepa.py` trains the models,
+`inspect_jepa_model.py` and `plan_with_jepa.py` use them.
+"""
+
+import copy
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+CHECKPOINT_FORMAT = 1
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. Encoder: an image becomes a point on the unit sphere
+# ---------------------------------------------------------------------------------------------
+
+
+class ConvEncoder(nn.Module):
+    """A small CNN: (B, in_channels, H, W) float in [0, 1] -> (B, latent_dim), unit norm.
+
+    One convolution whose stride is its kernel looks at each `patch_size` x `patch_size` patch by
+    itself (a MiniGrid tile, when the patch is the tile). Two readouts then fill the two parts of
+    the latent:
+
+    - the first `moving_dim` dims read where things are along each axis: every channel's maximum
+      over rows, over columns, and over the image. "What is there, in which row, in which column"
+      is a code in which one step of the agent is the same small change everywhere.
+    - the other dims are a linear map of all patches: it can keep each wall and gap of a layout,
+      which maxima over rows and columns cannot.
+
+    Patch features are normalised over channels (layer norm without parameters). Without it the
+    rare, bright goal tile outgrows the wall tile, and the wall's gaps vanish from the latent.
+
+    Args:
+        image_size: (H, W) in pixels; both must be multiples of patch_size.
+        channels: patch features of each readout.
+        moving_dim: size of the first part; 0 < moving_dim < latent_dim.
+
+    Raises:
+        ValueError: the image size is no multiple of the patch size.
+    """
+
+    def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
+                 channels=24, moving_dim=64):
+        super().__init__()
+        height, width = image_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"image size {height}x{width} is no multiple of the patch size {patch_size}")
+        rows, columns = height // patch_size, width // patch_size
+        self.channels = channels
+        self.convolution = nn.Conv2d(in_channels, 2 * channels, patch_size, stride=patch_size)
+        self.moving = nn.Linear(channels * (rows + columns + 1), moving_dim)
+        self.still = nn.Linear(channels * rows * columns, latent_dim - moving_dim)
+
+    def forward(self, obs):
+        where, what = self.look(obs)
+        return self.read(where.movedim(1, 3), what.movedim(1, 3))
+
+    def look(self, obs):
+        """Pixels (B, in_channels, H, W) -> two maps of patch features, (B, C, rows, columns) each."""
+        x = self.convolution(obs - 0.5).unflatten(1, (2, self.channels))  # (B, 2, C, rows, columns)
+        x = x - x.mean(2, keepdim=True)
+        x = F.relu(x * torch.rsqrt(x.square().mean(2, keepdim=True) + 1e-5))
+        return x.unbind(1)
+
+    def read(self, where, what):
+        """Two maps of patch features, (B, rows, columns, C) each -> (B, latent_dim), unit norm."""
+        columns, rows = where.max(1).values, where.max(2).values        # (B, columns or rows, C)
+        where = torch.cat([columns, rows, rows.max(1, keepdim=True).values], 1)
+        z = torch.cat([self.moving(where.flatten(1)), self.still(what.flatten(1))], 1)
+        return F.normalize(z, dim=1)
+
+    def from_tiles(self, tiles, index):
+        """What forward gives for images put together from a few distinct patches, much cheaper.
+
+        Args: tiles (M, in_channels, patch_size, patch_size) float in [0, 1], index (B, rows, columns).
+        A batch of MiniGrid frames has 100,000 patches but a few dozen distinct ones: each is looked
+        at once, and its features are put wherever it occurs.
+        """
+        where, what = (x.flatten(1) for x in self.look(tiles))          # (M, C) each
+        return self.read(F.embedding(index, where), F.embedding(index, what))
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
+# ---------------------------------------------------------------------------------------------
+
+
+class LatentDynamics(nn.Module):
+    """An MLP that adds what the action changes: (B, latent_dim), (B,) int64 -> (B, latent_dim).
+
+    Input and output are unit-norm. The output is put back on the sphere after every step;
+    without that, rollouts of several steps drift off it.
+    """
+
+    def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, action_dim=16):
+        super().__init__()
+        self.scale = math.sqrt(latent_dim)  # the MLP sees coordinates of size about 1
+        self.action_embedding = nn.Embedding(num_actions, action_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(latent_dim + action_dim, hidden_dim), nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
+            nn.Linear(hidden_dim, latent_dim),
+        )
+        # Start close to "nothing changes": true of most dims in most transitions.
+        with torch.no_grad():
+            self.mlp[-1].weight.mul_(0.1)
+            self.mlp[-1].bias.zero_()
+
+    def forward(self, z, action):
+        z = z * self.scale
+        change = self.mlp(torch.cat([z, self.action_embedding(action)], -1))
+        return F.normalize(z + change, dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. The JEPA: both, and a slow copy of the encoder that gives the regression target
+# ---------------------------------------------------------------------------------------------
+
+
+class JEPAWorldModel(nn.Module):
+    """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020).
+
+    The prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
+    encoder is an exponential moving average (EMA) of the online one and gets no gradient.
+
+    Args:
+        in_channels, latent_dim, image_size, patch_size, channels, moving_dim: see ConvEncoder.
+        num_actions: actions are integers below it.
+        hidden_dim: width of the dynamics' two hidden layers.
+
+    Raises:
+        ValueError: the image size is no multiple of the patch size.
+    """
+
+    objective = "jepa"
+
+    def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
+                 patch_size=8, channels=24, moving_dim=64, hidden_dim=512):
+        super().__init__()
+        self.arguments = {
+            "in_channels": in_channels, "latent_dim": latent_dim, "num_actions": num_actions,
+            "image_size": tuple(image_size), "patch_size": patch_size, "channels": channels,
+            "moving_dim": moving_dim, "hidden_dim": hidden_dim,
+        }
+        self.latent_dim = latent_dim
+        self.moving_dim = moving_dim
+        self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
+                                   moving_dim)
+        self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def encode_tiles(self, tiles, index, target=False):
+        """As encode or encode_target, for images made of a few distinct tiles: see from_tiles."""
+        if len(tiles) > index.numel():  # no gain: take only the tiles that this batch needs
+            tiles, index = tiles[index.flatten()], torch.arange(index.numel()).view_as(index)
+        if target and self.objective == "jepa":
+            with torch.no_grad():
+                return self.target_encoder.from_tiles(tiles, index)
+        return self.encoder.from_tiles(tiles, index)
+
+    def encode(self, obs):
+        """(B, 3, H, W) float in [0, 1] -> (B, latent_dim), unit norm, by the online encoder."""
+        return self.encoder(obs)
+
+    @torch.no_grad()
+    def encode_target(self, obs):
+        """(B, 3, H, W) float in [0, 1] -> (B, latent_dim), unit norm, by the EMA encoder."""
+        return self.target_encoder(obs)
+
+    def predict_next(self, z, action):
+        """(B, latent_dim), (B,) int64 -> (B, latent_dim): compare it with encode_target."""
+        return self.dynamics(z, action)
+
+    def rollout(self, obs, actions):
+        """(B, 3, H, W), (B, T) -> (B, T, latent_dim): no frame after the first is seen."""
+        z, latents = self.encode(obs), []
+        for t in range(actions.shape[1]):
+            z = self.predict_next(z, actions[:, t])
+            latents.append(z)
+        return torch.stack(latents, 1)
+
+    def forward(self, obs, next_obs, actions):
+        """(B, 3, H, W) twice, (B,) -> loss, z_pred (B, latent_dim), z_target (B, latent_dim).
+
+        The loss is the mean squared error of the two L2-normalised latents over batch and dims.
+        It cannot exceed 4 / latent_dim, and a collapsed model brings it to 0: never read it alone.
+        """
+        z_pred = self.predict_next(self.encode(obs), actions)
+        z_target = self.encode_target(next_obs)
+        return F.mse_loss(z_pred, z_target), z_pred, z_target
+
+    @torch.no_grad()
+    def update_target_encoder(self, momentum=0.99):
+        """target <- momentum * target + (1 - momentum) * online, parameter by parameter."""
+        torch._foreach_lerp_(
+            list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - momentum
+        )
+
+
+class ReconstructionWorldModel(JEPAWorldModel):
+    """The same encoder and dynamics, trained by decoding the pixels of the next frame instead.
+
+    `decode` maps latents to images through the mirror image of the encoder's patch convolution.
+    There is no EMA: encode_target is the online encoder.
+    """
+
+    objective = "reconstruction"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        del self.target_encoder
+        a = self.arguments
+        self.grid = (a["image_size"][0] // a["patch_size"], a["image_size"][1] // a["patch_size"])
+        self.to_patches = nn.Linear(self.latent_dim, 2 * a["channels"] * math.prod(self.grid))
+        self.to_pixels = nn.ConvTranspose2d(2 * a["channels"], a["in_channels"], a["patch_size"],
+                                            stride=a["patch_size"])
+
+    def encode_target(self, obs):
+        return self.encoder(obs)
+
+    def decode(self, z):
+        """(B, latent_dim) -> (B, in_channels, H, W), about in [0, 1]."""
+        x = self.to_patches(z * math.sqrt(self.latent_dim))
+        return self.to_pixels(F.relu(x.unflatten(1, (-1, *self.grid)))) + 0.5
+
+    def update_target_encoder(self, momentum=0.99):
+        """Nothing to do: the online encoder is its own target."""
+
+
+MODELS = {m.objective: m for m in (JEPAWorldModel, ReconstructionWorldModel)}
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. What a latent is worth: three numbers that the loss does not show
+# ---------------------------------------------------------------------------------------------
+
+
+def latent_spread(z):
+    """(N, D) unit-norm -> float: mean over dims of the standard deviation, times sqrt(D).
+
+    1.0 for latents spread evenly on the sphere, 0 where every image has the same latent.
+    """
+    return (z.std(0).mean() * math.sqrt(z.shape[1])).item()
+
+
+def effective_rank(z):
+    """(N, D) -> float in [1, D]: exp of the entropy of the normalised singular values.
+
+    Roy & Vetterli 2007; as a measure of collapse: RankMe, Garrido et al. 2023. Centred first.
+    """
+    s = torch.linalg.svdvals(z.double() - z.double().mean(0))
+    p = s / s.sum().clamp_min(1e-12)
+    return math.exp(-(p * p.clamp_min(1e-12).log()).sum().item())
+
+
+def hits_at_1(z, candidates, true_index):
+    """Is the candidate nearest to z[i] by cosine candidates[true_index[i]]? A tie is a miss.
+
+    Args: z (N, D), candidates (K, D), true_index (N,) int64. Returns: (N,) bool.
+    Ties count against the model since a collapsed one, whose latents are all equal, ties always.
+    """
+    hits = []
+    candidates = F.normalize(candidates, dim=1)
+    for rows, true in zip(F.normalize(z, dim=1).split(1024), true_index.split(1024)):
+        similarity = rows @ candidates.T                                # (n, K)
+        own = similarity.gather(1, true[:, None])
+        similarity.scatter_(1, true[:, None], -math.inf)
+        hits.append(own[:, 0] > similarity.amax(1) + 1e-6)              # 1e-6: float32 rounding
+    return torch.cat(hits)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Checkpoints and devices
+# ---------------------------------------------------------------------------------------------
+
+
+class CheckpointError(ValueError):
+    """One sentence that names the checkpoint and the next command."""
+
+
+def pick_device():
+    """The fastest of CUDA, MPS and CPU that this machine has."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def write_atomically(path, write):
+    """Calls write(temporary_path) beside `path`, then moves the result there in one step.
+
+    A failed or interrupted write leaves the old file as it was and no temporary file behind.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path, model, weights, **rest):
+    """Writes a plain dict: what rebuilds the model, its `weights`, and `rest` (see train_jepa.py)."""
+    contents = dict(format=CHECKPOINT_FORMAT, objective=model.objective, arguments=model.arguments,
+                    model=weights, **rest)
+    write_atomically(path, lambda temporary: torch.save(contents, temporary))
+
+
+def read_checkpoint(path):
+    """Path -> the checkpoint's dict, tensors on the CPU; runs no code that the file contains.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or of another format.
+    """
+    path = Path(path)
+    again = "run python3 train_jepa.py"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {again}")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch names no common base for what a hostile file can raise
+        raise CheckpointError(f"{path} is damaged or no checkpoint: move it away and {again}") from error
+    if not isinstance(contents, dict) or contents.get("format") != CHECKPOINT_FORMAT:
+        found = contents.get("format") if isinstance(contents, dict) else None
+        raise CheckpointError(f"{path} has checkpoint format {found}, this version reads format "
+                              f"{CHECKPOINT_FORMAT}: move it away and {again}")
+    return contents
+
+
+def build_model(contents, path):
+    """The dict of a checkpoint -> the model it describes, eval mode, on the CPU."""
+    try:
+        model = MODELS[contents["objective"]](**contents["arguments"])
+        model.load_state_dict(contents["model"])
+    except Exception as error:
+        raise CheckpointError(f"{path} does not describe a model of this version: move it away and "
+                              "run python3 train_jepa.py") from error
+    return model.eval()
+
+
+def load_checkpoint(path):
+    """Path -> model, rebuilt from what the file says of itself, eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another format.
+    """
+    return build_model(read_checkpoint(path), path)

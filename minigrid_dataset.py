@@ -1,4 +1,4 @@
-"""Read MiniGrid transitions: validate the .npz, keep its frames as tiles, serve batches and windows.
+"""Read MiniGrid transitions: validate the .npz, keep frames as tiles, serve batches and windows.
 
     python3 minigrid_dataset.py        # sanity check: what the data file holds, and one batch of it
 
@@ -108,7 +108,7 @@ def join_tiles(tiles, index):
 
 
 def to_float(frames):
-    """uint8 frames of any shape -> float32 in [0, 1], on their device (move them first: 4x less)."""
+    """uint8 frames of any shape -> float32 in [0, 1], on their device: move them first."""
     return frames.float().div_(255)
 
 
@@ -248,7 +248,7 @@ class _TileTable:
 
     @staticmethod
     def hash(rows):
-        """(P, words) uint64 -> (P,) uint64: xor, multiply by an odd constant, fold the high bits."""
+        """(P, words) uint64 -> (P,) uint64: xor, multiply by an odd number, fold high bits."""
         value = np.zeros(len(rows), np.uint64)
         for k in range(rows.shape[1]):
             value ^= rows[:, k]
@@ -388,14 +388,14 @@ def make_dataloader(npz_path, batch_size=64, shuffle=True, num_workers=0, **opti
 def split_by_episode(transitions, validation_fraction, seed):
     """-> (train, validation) episode numbers, sorted int64 arrays: disjoint, neither one empty.
 
-    A layout belongs to an episode, so validation layouts are new ones where layouts vary. Where they
-    do not (Empty-8x8) both sides hold the same first frame, and no split could change that.
+    A layout belongs to an episode, so validation layouts are new ones where layouts vary. Where
+    they do not (Empty-8x8) both sides hold the same first frame, and no split could change that.
     """
     episodes = np.unique(transitions.episode)
     if len(episodes) < 2:
         raise DataError(
-            f"{transitions.path} holds one episode, too few to hold some out: raise NUM_EPISODES in "
-            "collect_minigrid_data.py and run python3 collect_minigrid_data.py"
+            f"{transitions.path} holds one episode, too few to hold some out: raise NUM_EPISODES "
+            "in collect_minigrid_data.py and run python3 collect_minigrid_data.py"
         )
     count = min(max(round(validation_fraction * len(episodes)), 1), len(episodes) - 1)
     shuffled = np.random.default_rng(seed).permutation(episodes)
@@ -417,7 +417,7 @@ def window_starts(transitions, length, episodes=None):
 
 
 class WindowBatches:
-    """Shuffled batches of windows of T = `window` transitions: a dict of frame_index (B, T+1) int64,
+    """Shuffled batches of windows of T = `window` steps: a dict of frame_index (B, T+1) int64,
     tiles (B, T+1, H/p, W/p) integer and actions (B, T) int64, on the device of the transitions:
     `data.frames(frame_index)` are the pixels, and so is `data.tiles[tiles]`, tile by tile.
 

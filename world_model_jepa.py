@@ -27,6 +27,12 @@ CHECKPOINT_FORMAT = 1
 # ---------------------------------------------------------------------------------------------
 
 
+def normalise(x):
+    """Layer norm over the channels of (B, C, rows, columns), without parameters."""
+    x = x - x.mean(1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)
+
+
 class ConvEncoder(nn.Module):
     """A small CNN: (B, in_channels, H, W) float in [0, 1] -> (B, latent_dim), unit norm.
 
@@ -53,14 +59,13 @@ class ConvEncoder(nn.Module):
     """
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
-                 channels=24, moving_dim=64):
+                 channels=24, moving_dim=48):
         super().__init__()
         height, width = image_size
         if height % patch_size or width % patch_size:
             raise ValueError(
                 f"image size {height}x{width} is no multiple of the patch size {patch_size}")
         rows, columns = height // patch_size, width // patch_size
-        self.channels = channels
         self.convolution = nn.Conv2d(in_channels, 2 * channels, patch_size, stride=patch_size)
         self.moving = nn.Linear(channels * (rows + columns + 1), moving_dim)
         self.still = nn.Linear(channels * rows * columns, latent_dim - moving_dim)
@@ -70,11 +75,9 @@ class ConvEncoder(nn.Module):
         return self.read(where.movedim(1, 3), what.movedim(1, 3))
 
     def look(self, obs):
-        """Pixels (B, in_channels, H, W) -> two maps of patch features, (B, C, rows, columns) each."""
-        x = self.convolution(obs - 0.5).unflatten(1, (2, self.channels))  # (B, 2, C, rows, columns)
-        x = x - x.mean(2, keepdim=True)
-        x = F.relu(x * torch.rsqrt(x.square().mean(2, keepdim=True) + 1e-5))
-        return x.unbind(1)
+        """Pixels (B, in_channels, H, W) -> two maps of features, (B, C, rows, columns) each."""
+        x = self.convolution(obs - 0.5)                                 # (B, 2C, rows, columns)
+        return [F.relu(normalise(part)) for part in x.chunk(2, 1)]
 
     def read(self, where, what):
         """Two maps of patch features, (B, rows, columns, C) each -> (B, latent_dim), unit norm."""
@@ -86,7 +89,7 @@ class ConvEncoder(nn.Module):
     def from_tiles(self, tiles, index):
         """What forward gives for images put together from a few distinct patches, much cheaper.
 
-        Args: tiles (M, in_channels, patch_size, patch_size) float in [0, 1], index (B, rows, columns).
+        Args: tiles (M, in_channels, patch_size, patch_size) in [0, 1], index (B, rows, columns).
         A batch of MiniGrid frames has 100,000 patches but a few dozen distinct ones: each is looked
         at once, and its features are put wherever it occurs.
         """
@@ -149,7 +152,7 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, moving_dim=64, hidden_dim=512):
+                 patch_size=8, channels=24, moving_dim=48, hidden_dim=512):
         super().__init__()
         self.arguments = {
             "in_channels": in_channels, "latent_dim": latent_dim, "num_actions": num_actions,
@@ -305,7 +308,7 @@ def write_atomically(path, write):
     A failed or interrupted write leaves the old file as it was and no temporary file behind.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    handle, temporary = tempfile.mkstemp(path.suffix, f".{path.stem}.", path.parent)
     os.close(handle)
     try:
         write(temporary)
@@ -319,9 +322,9 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(path, model, weights, **rest):
-    """Writes a plain dict: what rebuilds the model, its `weights`, and `rest` (see train_jepa.py)."""
-    contents = dict(format=CHECKPOINT_FORMAT, objective=model.objective, arguments=model.arguments,
-                    model=weights, **rest)
+    """Writes a plain dict: what rebuilds the model, its `weights`, and `rest`."""
+    contents = {"format": CHECKPOINT_FORMAT, "objective": model.objective,
+                "arguments": model.arguments, "model": weights, **rest}
     write_atomically(path, lambda temporary: torch.save(contents, temporary))
 
 
@@ -338,7 +341,8 @@ def read_checkpoint(path):
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch names no common base for what a hostile file can raise
-        raise CheckpointError(f"{path} is damaged or no checkpoint: move it away and {again}") from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint: move it away and {again}") from error
     if not isinstance(contents, dict) or contents.get("format") != CHECKPOINT_FORMAT:
         found = contents.get("format") if isinstance(contents, dict) else None
         raise CheckpointError(f"{path} has checkpoint format {found}, this version reads format "

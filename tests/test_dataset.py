@@ -1,4 +1,4 @@
-"""minigrid_dataset.py: known answers, losslessness, windows and splits, and files that are damaged."""
+"""minigrid_dataset.py: known answers, losslessness, windows and splits, damaged files."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import minigrid_dataset as md
+import minigrid_dataset as md  # noqa: E402
 
 COMMAND = "run python3 collect_minigrid_data.py"
 
@@ -39,7 +39,7 @@ def tile_frames(rng, count, H, W, p=4, kinds=7):
 
 
 def make_arrays(lengths=(5, 3, 7), H=16, W=12, make=tile_frames, seed=0, p_still=0.4):
-    """The contract's arrays for episodes of these lengths; about p_still of the steps move nothing."""
+    """The contract's arrays for episodes of these lengths; about p_still are no-ops."""
     rng = np.random.default_rng(seed)
     obs, next_obs = [], []
     for length in lengths:
@@ -521,7 +521,7 @@ def test_lying_headers_take_no_memory(tmp_path, arrays):
 
 
 def test_a_directory_that_agrees_with_a_lying_header(tmp_path):
-    """Header, sizes in the zip directory and all members agree on 10**9 transitions; the file has 2 KB."""
+    """Header, zip directory and all members agree on 10**9 transitions; the file has 2 KB."""
     path, N = tmp_path / "a.npz", 10**9
     with zipfile.ZipFile(path, "w") as archive:
         for key, descr in (("actions", "<i8"), ("rewards", "<f4"), ("dones", "|b1")):

@@ -1,0 +1,175 @@
+"""The model module: shapes and norms of the public surface, known answers, checkpoints."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from world_model_jepa import (
+    CheckpointError,
+    JEPAWorldModel,
+    ReconstructionWorldModel,
+    effective_rank,
+    hits_at_1,
+    latent_spread,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+
+def images(count, seed=0):
+    """Frames put together from 6 distinct 8 x 8 tiles, as tiles, indices and pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    tiles = torch.rand(6, 3, 8, 8, generator=generator)
+    index = torch.randint(6, (count, 8, 8), generator=generator)
+    pixels = tiles[index].permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 64, 64)
+    return tiles, index, pixels
+
+
+@pytest.fixture(params=[JEPAWorldModel, ReconstructionWorldModel])
+def model(request):
+    torch.manual_seed(0)
+    return request.param()
+
+
+def test_public_surface(model):
+    _, _, obs = images(5)
+    actions = torch.randint(7, (5, 4))
+    for z in (model.encode(obs), model.encode_target(obs), model.predict_next(model.encode(obs),
+                                                                               actions[:, 0])):
+        assert z.shape == (5, 128)
+        torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
+    imagined = model.rollout(obs, actions)
+    assert imagined.shape == (5, 4, 128)
+    z = model.encode(obs)
+    for t in range(4):
+        z = model.predict_next(z, actions[:, t])
+        torch.testing.assert_close(imagined[:, t], z)
+
+
+def test_forward_is_the_tutorials_loss(model):
+    _, _, obs = images(10)
+    loss, z_pred, z_target = model(obs[:5], obs[5:], torch.arange(5))
+    difference = F.normalize(z_pred, dim=1) - F.normalize(z_target, dim=1)
+    expected = difference.square().sum() / (5 * 128)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(z_target, model.encode_target(obs[5:]))
+    assert 0 < loss.item() <= 4 / 128
+
+
+def test_tiles_give_what_pixels_give(model):
+    tiles, index, obs = images(7)
+    torch.testing.assert_close(model.encode_tiles(tiles, index), model.encode(obs))
+    torch.testing.assert_close(model.encode_tiles(tiles, index, target=True),
+                               model.encode_target(obs))
+    many = torch.cat([tiles, torch.rand(1000, 3, 8, 8)])  # more tiles than places
+    torch.testing.assert_close(model.encode_tiles(many, index), model.encode(obs))
+
+
+def test_frames_that_differ_in_one_patch_have_other_latents(model):
+    tiles, index, obs = images(1)
+    for row, column in ((0, 0), (3, 5), (7, 7)):
+        changed = index.clone()
+        changed[0, row, column] = (changed[0, row, column] + 1) % 6
+        assert (model.encode_tiles(tiles, changed) - model.encode(obs)).abs().max() > 1e-4
+
+
+def test_target_encoder_is_a_moving_average():
+    model = JEPAWorldModel()
+    before = copy.deepcopy(model.target_encoder.state_dict())
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            p.add_(1.0)
+    model.update_target_encoder(momentum=0.75)
+    for name, value in model.target_encoder.state_dict().items():
+        online = model.encoder.state_dict()[name]
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * online)
+
+
+def test_gradient_reaches_all_but_the_target_encoder():
+    model = JEPAWorldModel()
+    _, _, obs = images(6)
+    model(obs[:3], obs[3:], torch.arange(3))[0].backward()
+    assert all(p.grad is None for p in model.target_encoder.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.encoder.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.dynamics.mlp.parameters())
+
+
+def test_reconstruction_decodes_to_images():
+    model = ReconstructionWorldModel(image_size=(24, 40))
+    assert model.decode(F.normalize(torch.randn(2, 128), dim=1)).shape == (2, 3, 24, 40)
+
+
+def test_image_size_must_fit_the_patches():
+    with pytest.raises(ValueError, match="patch size 8"):
+        JEPAWorldModel(image_size=(60, 64))
+
+
+def test_spread_and_rank_of_known_latents():
+    z = F.normalize(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert latent_spread(z) == pytest.approx(1, abs=0.02)
+    assert effective_rank(z) == pytest.approx(64, rel=0.02)
+    collapsed = z[:1].expand(100, -1)
+    assert latent_spread(collapsed) == pytest.approx(0, abs=1e-5)
+    line = torch.linspace(-1, 1, 50)[:, None] * z[:1]
+    assert effective_rank(line) == pytest.approx(1, abs=1e-3)
+
+
+def test_hits_at_1_counts_ties_as_misses():
+    candidates = torch.eye(4)
+    assert hits_at_1(candidates, candidates, torch.arange(4)).all()
+    assert not hits_at_1(candidates, candidates, torch.tensor([1, 2, 3, 0])).any()
+    assert not hits_at_1(torch.ones(4, 4), candidates, torch.arange(4)).any()
+    twins = torch.cat([candidates, candidates[:1]])
+    assert hits_at_1(candidates, twins, torch.arange(4)).tolist() == [False, True, True, True]
+
+
+def test_checkpoint_round_trip(model, tmp_path):
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, model, model.state_dict(), epoch=3)
+    loaded = load_checkpoint(path)
+    _, _, obs = images(3)
+    assert type(loaded) is type(model) and not loaded.training
+    assert torch.equal(loaded.encode(obs), model.encode(obs))
+    assert torch.load(path, weights_only=True)["epoch"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('the checkpoint ran code')",))
+
+
+def test_bad_checkpoints_are_one_sentence(tmp_path):
+    path = tmp_path / "model.pt"
+    good = tmp_path / "good.pt"
+    model = JEPAWorldModel()
+    save_checkpoint(good, model, model.state_dict())
+    contents = torch.load(good, weights_only=True)
+    cases = {
+        "truncated": good.read_bytes()[:-5000],
+        "text": b"not a checkpoint",
+        "empty": b"",
+        "bomb": pickle.dumps(Bomb()),
+    }
+    for broken in ({**contents, "format": 99}, {**contents, "objective": "nothing"}, [1, 2],
+                   {**contents, "arguments": {"latent_dim": -1}}, {**contents, "model": {}}):
+        torch.save(broken, path)
+        cases[str(len(cases))] = path.read_bytes()
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.pt is missing: run python3 train_jepa\.py$"):
+        load_checkpoint(path)
+    for data in cases.values():
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"model\.pt .*: move it away and run") as e:
+            load_checkpoint(path)
+        assert "\n" not in str(e.value)
+
+
+def test_dynamics_start_near_identity():
+    z = F.normalize(torch.randn(20, 128), dim=1)
+    predicted = JEPAWorldModel().predict_next(z, torch.zeros(20, dtype=torch.long))
+    assert (predicted * z).sum(1).min() > math.cos(0.5)

@@ -1,0 +1,223 @@
+"""The training script: terms with known answers, resuming, and what it does with bad input."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import collect_minigrid_data
+import train_jepa
+from tests.conftest import REPO
+from world_model_jepa import load_checkpoint, read_checkpoint
+
+WEIGHTS = [n for n in vars(train_jepa) if n.endswith("_WEIGHT")]
+
+
+def run(script, folder, **constants):
+    """Runs a copy of the scripts in `folder` with edited constants -> CompletedProcess."""
+    for source in REPO.glob("*.py"):
+        if not (folder / source.name).exists():
+            shutil.copy(source, folder)
+    for name, value in constants.items():
+        for path in folder.glob("*.py"):
+            lines = path.read_text().splitlines()
+            edited = [f"{name} = {value!r}" if x.startswith(f"{name} = ") else x for x in lines]
+            path.write_text("\n".join(edited) + "\n")
+    return subprocess.run([sys.executable, folder / script], capture_output=True, text=True,
+                          cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+def weights(path):
+    return read_checkpoint(path)["last_model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_variance_and_covariance_of_known_latents():
+    generator = torch.Generator().manual_seed(0)
+    white = torch.randn(20000, 8, generator=generator)
+    hinge, covariance = train_jepa.variance_and_covariance(white - white.mean(0))
+    assert hinge < 0.01 and covariance < 0.01
+    hinge, covariance = train_jepa.variance_and_covariance(torch.zeros(100, 8))
+    assert hinge == pytest.approx(0.99) and covariance == 0
+    same = white[:, :1].expand(-1, 8)  # 8 dims that say the same: 8 * 7 covariances of 1, over 8
+    hinge, covariance = train_jepa.variance_and_covariance(same - same.mean(0))
+    assert hinge < 0.01 and covariance == pytest.approx(7, rel=0.05)
+
+
+def test_entropy_term_sees_layouts_that_coincide():
+    far = torch.eye(8)
+    assert train_jepa.nearest_neighbour_entropy(far).item() == pytest.approx(-math.log(2**0.5),
+                                                                             abs=0.01)
+    twins = torch.cat([far[:4], far[:4]])
+    assert train_jepa.nearest_neighbour_entropy(twins) > 5
+
+
+@pytest.mark.parametrize("broken", ["collapsed", "agent forgotten", "agent in every dim"])
+def test_collapse_terms_rise_when_latents_collapse(broken):
+    generator = torch.Generator().manual_seed(0)
+    B, frames, D, moving = 64, 9, 128, train_jepa.MOVING_DIM
+    layout = torch.randn(B, 1, D, generator=generator).expand(-1, frames, -1).clone()
+    agent = torch.randn(B, frames, D, generator=generator)
+    good = torch.cat([agent[..., :moving], layout[..., moving:]], -1)
+    bad = {"collapsed": layout[:1].expand(B, -1, -1), "agent forgotten": layout,
+           "agent in every dim": agent}[broken]
+    value = [train_jepa.collapse_terms(F.normalize(z, dim=-1), moving).item() for z in (good, bad)]
+    assert value[1] > value[0] + 0.5
+
+
+def test_without_the_terms_the_loss_is_the_tutorials(workshop, monkeypatch):
+    for name in WEIGHTS:
+        monkeypatch.setattr(train_jepa, name, 0.0)
+    monkeypatch.setattr(train_jepa, "HORIZON", 1)
+    data = train_jepa.load_data(collect_minigrid_data.data_path())
+    model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
+    batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 1, 16, 0)))
+    loss, printed = train_jepa.training_loss(model, tiles, batch["tiles"], batch["actions"])
+    frames = train_jepa.to_float(data.frames(batch["frame_index"]))
+    expected, _, _ = model(frames[:, 0], frames[:, 1], batch["actions"][:, 0])
+    torch.testing.assert_close(printed, expected)
+    torch.testing.assert_close(loss, expected * train_jepa.LATENT_DIM)
+
+
+def test_training_writes_a_model_and_a_picture(workshop, capsys):
+    train_jepa.main()
+    out = capsys.readouterr().out
+    assert out.startswith("Using device: ")
+    assert "Epoch 03 finished | Mean Loss 0." in out and "hit@1" in out and "(copy 0.00)" in out
+    contents = read_checkpoint(workshop / "jepa_world_model.pt")
+    assert contents["epoch"] == 3 and len(contents["history"]) == 3
+    assert contents["data"]["metadata"]["env_id"] == "MiniGrid-Empty-5x5-v0"
+    assert (workshop / "loss.png").read_bytes().startswith(b"\x89PNG")
+    data = train_jepa.load_data(collect_minigrid_data.data_path())
+    model = load_checkpoint(workshop / "jepa_world_model.pt")
+    assert model.encode(train_jepa.to_float(data.frames([0, 1]))).shape == (2, 128)
+    assert sorted(p.name for p in workshop.iterdir()) == ["data.npz", "jepa_world_model.pt",
+                                                          "loss.png"]
+
+
+def test_reconstruction_learns_to_draw(workshop, monkeypatch):
+    monkeypatch.setattr(train_jepa, "OBJECTIVE", "reconstruction")
+    monkeypatch.setattr(train_jepa, "EPOCHS", 12)
+    train_jepa.main()
+    history = read_checkpoint(workshop / "reconstruction_world_model.pt")["history"]
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+def test_same_seed_same_weights_and_resuming_changes_nothing(workshop, monkeypatch, capsys):
+    path = workshop / "jepa_world_model.pt"
+    train_jepa.main()
+    whole = weights(path)
+    path.unlink()
+
+    save = train_jepa.save_checkpoint
+
+    def save_once(*args, **kwargs):
+        save(*args, **kwargs)
+        if kwargs["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_jepa, "save_checkpoint", save_once)
+    with pytest.raises(SystemExit, match="python3 train_jepa.py"):
+        train_jepa.main()
+    assert not equal(weights(path), whole)
+    monkeypatch.setattr(train_jepa, "save_checkpoint", save)
+    train_jepa.main()
+    assert "Going on from epoch 1 of 3" in capsys.readouterr().out
+    assert equal(weights(path), whole)
+
+
+def test_another_run_never_loses_the_old_checkpoint(workshop, monkeypatch, capsys):
+    path = workshop / "jepa_world_model.pt"
+    monkeypatch.setattr(train_jepa, "EPOCHS", 1)
+    train_jepa.main()
+    first = path.read_bytes()
+    train_jepa.main()
+    assert "jepa_world_model.old1.pt (it is finished)" in capsys.readouterr().out
+    assert (workshop / "jepa_world_model.old1.pt").read_bytes() == first
+    monkeypatch.setattr(train_jepa, "SEED", 1)
+    train_jepa.main()
+    assert "jepa_world_model.old2.pt (SEED was 0, now 1)" in capsys.readouterr().out
+    path.write_bytes(b"garbage")
+    train_jepa.main()
+    assert "jepa_world_model.old3.pt (it cannot be read)" in capsys.readouterr().out
+    assert (workshop / "jepa_world_model.old3.pt").read_bytes() == b"garbage"
+
+
+@pytest.mark.parametrize("name, value", [
+    ("EPOCHS", 0), ("BATCH_SIZE", -1), ("HORIZON", 1.5), ("OBJECTIVE", "pixels"),
+    ("MOVING_DIM", 128), ("EMA_MOMENTUM", 1.0), ("LEARNING_RATE", 0), ("WINDOW", 10_000),
+])
+def test_impossible_constants_are_one_sentence(workshop, monkeypatch, name, value):
+    monkeypatch.setattr(train_jepa, name, value)
+    with pytest.raises(SystemExit, match=f"{name}.*py") as stop:
+        train_jepa.main()
+    assert "\n" not in str(stop.value)
+    assert not list(workshop.glob("*.pt"))
+
+
+def test_an_exploding_loss_stops_the_run(workshop, monkeypatch):
+    monkeypatch.setattr(train_jepa, "LEARNING_RATE", 1e30)
+    with pytest.raises(SystemExit, match="not finite at step"):
+        train_jepa.main()
+
+
+def test_the_chain_from_an_empty_folder(tmp_path):
+    small = {"ENV_ID": "MiniGrid-Empty-5x5-v0", "NUM_EPISODES": 60, "EPOCHS": 2}
+    done = run("train_jepa.py", tmp_path, **small)
+    assert done.returncode == 0, done.stderr
+    assert "collecting it first" in done.stdout and "Epoch 02 finished" in done.stdout
+    assert (tmp_path / "data/minigrid_empty_5x5_random.npz").exists()
+    assert (tmp_path / "loss.png").exists()
+    done = run("minigrid_dataset.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "jepa_world_model.pt").exists()
+
+    (tmp_path / "data/minigrid_empty_5x5_random.npz").write_bytes(b"PK broken")
+    done = run("train_jepa.py", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "minigrid_empty_5x5_random.npz" in done.stderr
+    assert "python3 collect_minigrid_data.py" in done.stderr
+
+
+def test_the_tutorials_own_loop_reads_our_file(workshop, monkeypatch):
+    """Knows five keys, 64x64 frames and a per-sample DataLoader, and nothing of this project."""
+    monkeypatch.setattr(collect_minigrid_data, "ENV_ID", "MiniGrid-Empty-8x8-v0")
+    monkeypatch.setattr(collect_minigrid_data, "TILE_SIZE", 8)
+    collect_minigrid_data.main()
+
+    class Plain(torch.utils.data.Dataset):
+        def __init__(self, path):
+            file = np.load(path)
+            self.arrays = [file[k] for k in ("obs", "next_obs", "actions", "rewards", "dones")]
+
+        def __len__(self):
+            return len(self.arrays[0])
+
+        def __getitem__(self, i):
+            obs, next_obs = (torch.from_numpy(a[i]).permute(2, 0, 1).float() / 255
+                             for a in self.arrays[:2])
+            return obs, next_obs, int(self.arrays[2][i])
+
+    dataset = Plain(collect_minigrid_data.data_path())
+    assert dataset[0][0].shape == (3, 64, 64)
+    model = train_jepa.MODELS["jepa"](in_channels=3, latent_dim=128, num_actions=7)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+    losses = []
+    for obs, next_obs, action in torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True):
+        loss, _, _ = model(obs, next_obs, action)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_target_encoder(momentum=0.99)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

@@ -419,11 +419,11 @@ def judge(score, untrained, copy):
             f"{untrained['rank']:.0f})")
     reasons = []
     for fine, good, bad in (
-        (score["z_std"] >= 0.1, f"{spread}: images have different latents",
-         f"{spread} is below 0.10: all images have nearly the same latent"),
-        (hit >= 0.5 and hit > floor, f"{guess}: imagined latents lead to the true frame",
-         f"{guess} is below 0.50 or no better than a control: imagined latents lead nowhere"),
-        (pose > untrained_pose - 0.1, f"{probe}: the agent can be read from the latent",
+        (score["z_std"] >= 0.5, f"{spread}: latents fill the sphere",
+         f"{spread} is below 0.50: latents crowd in a small part of the sphere"),
+        (hit > floor + 0.05, f"{guess}: imagined latents lead to the true frame",
+         f"{guess} is no better than a control: imagined latents lead nowhere"),
+        (pose > untrained_pose - 0.1, f"{probe}: training has not lost the agent",
          f"{probe} is well below the untrained encoder's: training lost the agent"),
         (True, f"{rank}: for information, decides nothing", ""),
     ):

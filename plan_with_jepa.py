@@ -426,7 +426,8 @@ def imagined_frames(env, model, result, tile_size):
 
     The image is the real frame of this layout whose target latent is nearest to the imagined one.
     """
-    poses = list(oracle_tree(env, result["task"].start))
+    # With the trace: its last pose may be on the tile that ends the episode.
+    poses = list(dict.fromkeys([*oracle_tree(env, result["task"].start), *result["trace"]]))
     recorder = Recorder()
     for pose in poses:
         place(env, pose)

@@ -5,6 +5,7 @@
 Reads the data file of collect_minigrid_data.py (and collects it first where it is missing).
 Writes jepa_world_model.pt (or reconstruction_world_model.pt) and loss.png beside this script.
 Run again after an interruption, it goes on from the last epoch that was saved.
+Takes @MIN@ on 2 cores of a shared server CPU, and 1 GB of memory.
 """
 
 import ctypes
@@ -64,7 +65,7 @@ COVARIANCE_WEIGHT = 0.04          # all dims saying the same thing
 EPISODE_VARIANCE_WEIGHT = 1.0     # the agent fading, since the layout alone is easy to predict
 EPISODE_COVARIANCE_WEIGHT = 0.04  # the moving dims all saying the same thing about it
 STILLNESS_WEIGHT = 1.0            # the agent flooding the dims that hold the layout
-SLOWNESS_WEIGHT = 0.4             # a code of each pose by itself, from which no line reads the cell
+SLOWNESS_WEIGHT = 0.5             # a code of each pose by itself, from which no line reads the cell
 LAYOUT_ENTROPY_WEIGHT = 0.5       # layouts with the same goal but other gaps becoming equal
 
 HERE = Path(__file__).resolve().parent
@@ -193,22 +194,22 @@ def plot_history(path, history):
     epochs = range(1, len(history) + 1)
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
     panels = [
-        ("Prediction error (MSE)", [("train", "loss"), ("held out", "val_loss")]),
-        ("Spread z_std (1 = even, 0 = collapsed)", [("held out", "z_std")]),
-        ("Effective rank (dims)", [("held out", "rank")]),
-        ("hit@1, one step, moved only", [("model", "hit@1"), ("copy", "copy")]),
+        ("Prediction error (MSE)", None, [("train", "loss"), ("held out", "val_loss")]),
+        ("Spread z_std (1 even, 0 collapsed)", 1.1, [("held out", "z_std")]),
+        (f"Effective rank (of {LATENT_DIM} dims)", 1.1 * LATENT_DIM, [("held out", "rank")]),
+        ("hit@1, one step, moved only", 1.1, [("model", "hit@1"), ("copy", "copy")]),
     ]
-    for axis, (title, lines) in zip(axes, panels):
+    for axis, (title, top, lines) in zip(axes, panels):
         for (label, key), style in zip(lines, ("o-", "s--")):
             axis.plot(epochs, [h[key] for h in history], style, ms=4, label=label)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-        if "loss" in lines[0][1]:
+        if top is None:
             axis.set_yscale("log")
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, top)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
     plt.close(figure)
 
@@ -220,8 +221,8 @@ def plot_history(path, history):
 
 def settings():
     """The constants that decide what a run computes: kept in the checkpoint to tell runs apart."""
-    return {n: v for n, v in globals().items() if n.isupper() and isinstance(v, (int, float, str))
-            and n != "LOG_EVERY"}
+    return {n: v for n, v in globals().items() if n.isupper() and n != "LOG_EVERY"
+            and isinstance(v, (int, float, str))}
 
 
 def check_settings():

@@ -12,7 +12,7 @@ sys.path.insert(0, str(REPO))
 import collect_minigrid_data  # noqa: E402
 import train_jepa  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two oversubscribe a busy machine and are no faster on small worlds
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_facts_of_a_handmade_world():
 
 @pytest.mark.parametrize("change, word, at", [
     ({}, "healthy", None),
-    ({"z_std": 0.03}, "collapsed", 0),
+    ({"z_std": 0.3}, "collapsed", 0),
     ({"hit@1": [0.4]}, "collapsed", 1),
     ({"hit@1": [0.7]}, "collapsed", 1),          # no better than the untrained one below
     ({"probes": {"agent pose": {"0": 0.75}}}, "collapsed", 2),

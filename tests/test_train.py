@@ -66,12 +66,12 @@ def test_collapse_terms_rise_when_latents_collapse(broken):
     generator = torch.Generator().manual_seed(0)
     B, frames, D, moving = 64, 9, 128, train_jepa.MOVING_DIM
     layout = torch.randn(B, 1, D, generator=generator).expand(-1, frames, -1).clone()
-    agent = torch.randn(B, frames, D, generator=generator)
+    agent = torch.randn(B, 3, D, generator=generator).repeat_interleave(3, 1)  # moves twice
     good = torch.cat([agent[..., :moving], layout[..., moving:]], -1)
     bad = {"collapsed": layout[:1].expand(B, -1, -1), "agent forgotten": layout,
            "agent in every dim": agent}[broken]
     value = [train_jepa.collapse_terms(F.normalize(z, dim=-1), moving).item() for z in (good, bad)]
-    assert value[1] > value[0] + 0.5
+    assert value[1] > 1.5 * value[0]
 
 
 def test_without_the_terms_the_loss_is_the_tutorials(workshop, monkeypatch):

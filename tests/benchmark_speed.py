@@ -32,7 +32,6 @@ sys.path.insert(0, str(REPO))
 
 import collect_minigrid_data  # noqa: E402
 import minigrid_dataset  # noqa: E402
-import train_jepa  # noqa: E402
 
 ROUNDS = 5
 STEPPED = {  # stock steps a round
@@ -98,8 +97,8 @@ class PlainJEPA(nn.Module):
     @staticmethod
     def make_encoder():
         return nn.Sequential(
-            nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
-            nn.Conv2d(64, 128, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 64, 128))
+            nn.Conv2d(3, 32, 4, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(64, 128, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 64, 128))
 
     def step(self, batch, optimizer):
         z = self.dynamics(torch.cat([self.encoder(batch["obs"]), self.action(batch["action"])], 1))
@@ -153,11 +152,12 @@ def bench_stepping():
 
 
 def peak_memory(folder, script):
-    """(seconds, MB) of `python3 script` in `folder`, its workers' memory added at their peak."""
+    """(seconds, MB of the largest process) of `python3 script` in `folder`, its output logged."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, folder / script], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    with open(folder / f"{script}.log", "w") as log:
+        process = subprocess.Popen([sys.executable, folder / script], stdout=log,
+                                   stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{script} failed")
     return time.perf_counter() - began, usage.ru_maxrss / 1024
@@ -201,7 +201,6 @@ def bench_feeding(folder, arrays):
 
 def main():
     print(f"{'stage':42} {'plain':>10} {'ours':>10} {'':14} {'ratio':>8}  (range)")
-    train_jepa.keep_memory()
     bench_stepping()
     with tempfile.TemporaryDirectory() as folder:
         arrays = bench_whole_runs(Path(folder))

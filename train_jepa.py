@@ -48,24 +48,27 @@ from world_model_jepa import (
 # Settings: edit and rerun
 # ---------------------------------------------------------------------------------------------
 OBJECTIVE = "jepa"          # "jepa", or "reconstruction": decode the next frame's pixels instead
-EPOCHS = 6                  # passes over the data
+EPOCHS = 8                  # passes over the data, for encoder and dynamics together
+DYNAMICS_EPOCHS = 6         # passes that follow: the encoder rests, the dynamics alone go on
 BATCH_SIZE = 32             # windows a batch, each from another episode
 WINDOW = 8                  # transitions a window: WINDOW + 1 frames are encoded
-HORIZON = 4                 # steps that the loss rolls the dynamics out for; the tutorial: 1
+DYNAMICS_BATCH_SIZE = 1024  # transitions a batch of DYNAMICS_EPOCHS
 LEARNING_RATE = 5e-3        # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
 WEIGHT_DECAY = 1e-4
 EMA_MOMENTUM = 0.99         # of the target encoder, per step
+DYNAMICS_NOISE = 0.3        # largest size of the noise in DYNAMICS_EPOCHS; latents have size 1
+ERROR_FOCUS = 0.5           # weight of a transition: its error to this power; 0: all the same
 LATENT_DIM = 128
 MOVING_DIM = 48             # dims that must move within an episode; the rest hold the layout
 VALIDATION_FRACTION = 0.05  # share of the episodes that is held out
 SEED = 0
-# Against collapse. With all seven at 0 this is the tutorial's recipe.
+# Against collapse. With all seven at 0 this is the tutorial's objective.
 VARIANCE_WEIGHT = 1.0             # latents of a batch all becoming equal
 COVARIANCE_WEIGHT = 0.04          # all dims saying the same thing
 EPISODE_VARIANCE_WEIGHT = 1.0     # the agent fading, since the layout alone is easy to predict
 EPISODE_COVARIANCE_WEIGHT = 0.04  # the moving dims all saying the same thing about it
 STILLNESS_WEIGHT = 1.0            # the agent flooding the dims that hold the layout
-SLOWNESS_WEIGHT = 0.3             # a code of each pose by itself, from which no line reads the cell
+SLOWNESS_WEIGHT = 0.5             # a code of each pose by itself, from which no line reads the cell
 LAYOUT_ENTROPY_WEIGHT = 0.5       # layouts with the same goal but other gaps becoming equal
 
 HERE = Path(__file__).resolve().parent
@@ -123,34 +126,106 @@ def collapse_terms(z, moving_dim):
     )
 
 
+def glimpse_loss(model, z, profiles, first):
+    """Teaches the dynamics where to look, and what stands there, without touching the latents.
+
+    What moves is in the row, and in the column, whose features do most to set the frame's moving
+    part apart from the average frame's. `to_row` and `to_column` learn to point there from the
+    latent alone, and `to_map` to unfold the patch features of the frame.
+
+    Args: windows of latents (B, T+1, D) and profiles (B, T+1, rows + columns, C), and the pixels
+        (B, 3, H, W) of their first frames.
+    """
+    dynamics, z = model.dynamics, z.detach()
+    with torch.no_grad():
+        weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))[:, :-1]
+        apart = torch.einsum("btnc,dnc->btnd", profiles - profiles.mean((0, 1)), weight)
+        what = model.encoder.look(first)[1].movedim(1, 3).flatten(1)    # (B, rows * columns * C)
+        places = apart.square().sum(-1).split(list(dynamics.grid), -1)  # (B, T+1, rows or columns)
+    error = (dynamics.paint(dynamics.unfold(z[:, 0])) - what).square()
+    loss = focused(error.unflatten(1, (-1, profiles.shape[-1])).mean(-1).flatten())
+    for logits, place in zip(dynamics.point(z), places):
+        loss = loss + F.cross_entropy(logits.flatten(0, 1), place.argmax(-1).flatten())
+    return loss
+
+
+def focused(error):
+    """Mean of errors (N,), each weighted by its own size to the power ERROR_FOCUS.
+
+    One transition in 300 goes through a gap, one patch in 361 is the goal. Without weights, a model
+    that is sure of a blocked way or an empty floor there loses next to nothing.
+    """
+    weight = (error.detach() + 1e-3) ** ERROR_FOCUS
+    return (error * weight).sum() / weight.sum()
+
+
 def training_loss(model, tiles, frames, actions):
     """Windows of frames (B, T+1, rows, columns), actions (B, T) -> loss to minimise, loss to print.
 
-    `frames` are made of the few distinct `tiles` (M, 3, p, p) in [0, 1].
-
-    From each frame the dynamics are rolled out for up to HORIZON steps, and each imagined latent is
-    compared with the target latent of the frame it stands for. The printed loss is the mean squared
-    error of unit-norm latents (of pixels for the reconstruction objective); the minimised one
-    counts each dim as if it had variance 1, and adds the terms against collapse.
+    `frames` are made of the few distinct `tiles` (M, 3, p, p) in [0, 1]. The printed loss is the
+    mean squared error of unit-norm latents (of pixels for the reconstruction objective); the
+    minimised one counts each dim as if it had variance 1, and adds the terms against collapse.
     """
     B, T = actions.shape
     every = frames.flatten(0, 1)                                        # (B * (T+1), rows, columns)
-    z = model.encode_tiles(tiles, every).unflatten(0, (B, T + 1))       # (B, T+1, D)
-    if model.objective == "jepa":
-        target = model.encode_tiles(tiles, every, target=True).unflatten(0, (B, T + 1))
-    errors, imagined = [], z
-    for k in range(1, min(HORIZON, T) + 1):
-        start = T - k + 1                                               # frames that have k more
-        imagined = model.predict_next(imagined[:, :start], actions[:, k - 1:])  # (B, start, D)
-        if model.objective == "jepa":
-            errors.append(F.mse_loss(imagined, target[:, k:]))
-        else:
-            decoded = model.decode(imagined.flatten(0, 1))              # (B * start, 3, H, W)
-            errors.append(F.mse_loss(decoded, join_tiles(tiles, frames[:, k:].flatten(0, 1))))
-    error = torch.stack(errors).mean()
+    z, profiles = (x.unflatten(0, (B, T + 1))
+                   for x in model.encoder.from_tiles(tiles, every))
+    predicted = model.predict_next(z[:, :-1], actions)                  # (B, T, D)
+    loss = glimpse_loss(model, z, profiles, join_tiles(tiles, frames[:, 0]))
     if model.objective == "reconstruction":
-        return error, error
-    return error * z.shape[-1] + collapse_terms(z, model.moving_dim), error
+        error = F.mse_loss(model.decode(predicted.flatten(0, 1)),
+                           join_tiles(tiles, frames[:, 1:].flatten(0, 1)))
+        return loss + error, error
+    target = model.encode_tiles(tiles, frames[:, 1:].flatten(0, 1), target=True)
+    error = (predicted.flatten(0, 1) - target).square().sum(-1)         # (B * T,)
+    return loss + focused(error) + collapse_terms(z, model.moving_dim), error.mean() / z.shape[-1]
+
+
+def dynamics_loss(model, z, actions, z_next):
+    """Latents (B, D) before and after actions (B,), all at rest -> loss to minimise, to print.
+
+    Half of the latents are shifted by a little noise. Noise in the moving part must be taken away
+    again, so that errors die out in long rollouts; what comes in the still part must go out.
+    """
+    size = DYNAMICS_NOISE * torch.rand(len(z), 1, device=z.device) / math.sqrt(z.shape[1])
+    noise = torch.randn_like(z) * size * (torch.rand_like(size) < 0.5)
+    predicted = model.predict_next(F.normalize(z + noise, dim=1), actions)
+    noise[:, :model.moving_dim] = 0
+    error = (predicted - F.normalize(z_next + noise, dim=1)).square().sum(-1)
+    return focused(error), error.mean() / z.shape[1]
+
+
+def known_transitions(model, data, episodes):
+    """What the dynamics have to know: latents (M, D), and before (N,), action (N,), after (N,) into
+    them, for all transitions of `episodes`.
+
+    What ends an episode ends it for good: from there, every action leads to the same frame (the
+    absorbing state of Sutton & Barto 2018, section 3.4), so that no plan crosses a goal. Taught
+    for the latent of that frame, and for the one with its moving part and the still part from
+    before: an imagined agent does not hide the goal that it stands on.
+    """
+    i = torch.from_numpy(window_starts(data, 1, episodes)).to(data.actions.device)
+    before, action, after = data.obs_index[i], data.actions[i], data.next_obs_index[i]
+    z = all_latents(model, data)
+    if data.terminated is None or not data.terminated.any():
+        return z, before, action, after
+    last = torch.from_numpy(data.terminated).to(i.device)[i]
+    parts = [z[after[last], :model.moving_dim], z[before[last], model.moving_dim:]]
+    imagined = len(z) + torch.arange(len(parts[0]), device=i.device)
+    start = torch.cat([after[last], imagined]).repeat(5)                # rare, so they count five
+    end = after[last].repeat(10)                                        # times
+    actions = model.arguments["num_actions"]
+    return (torch.cat([z, F.normalize(torch.cat(parts, 1), dim=1)]),
+            torch.cat([before, start.repeat_interleave(actions)]),
+            torch.cat([action, torch.arange(actions, device=i.device).repeat(len(start))]),
+            torch.cat([after, end.repeat_interleave(actions)]))
+
+
+@torch.no_grad()
+def all_latents(model, data):
+    """(number of frames, D): the latents of every frame of `data`."""
+    tiles = to_float(data.tiles)
+    return torch.cat([model.encode_tiles(tiles, i.int()) for i in data.frame_tiles.split(512)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -227,10 +302,13 @@ def settings():
 
 def check_settings():
     """Exits with one sentence where a constant makes no sense."""
-    for name in ("EPOCHS", "BATCH_SIZE", "WINDOW", "HORIZON"):
+    for name in ("EPOCHS", "BATCH_SIZE", "WINDOW", "DYNAMICS_BATCH_SIZE"):
         if not isinstance(globals()[name], int) or globals()[name] < 1:
             sys.exit(f"error: {name} is {globals()[name]!r}: make it a whole number of at least 1 "
                      "in train_jepa.py")
+    if not isinstance(DYNAMICS_EPOCHS, int) or DYNAMICS_EPOCHS < 0:
+        sys.exit(f"error: DYNAMICS_EPOCHS is {DYNAMICS_EPOCHS!r}: make it a whole number, 0 for "
+                 "none, in train_jepa.py")
     if OBJECTIVE not in MODELS:
         sys.exit(f"error: OBJECTIVE is {OBJECTIVE!r}: make it one of {', '.join(MODELS)} in "
                  "train_jepa.py")
@@ -272,7 +350,7 @@ def previous_run(path, data):
         was = {**old["settings"], "the data": old["data"]["digest"]}
         now = {**settings(), "the data": data.digest}
         changed = [n for n in now if was.get(n) != now[n]]
-        if not changed and old["epoch"] < EPOCHS:
+        if not changed and old["epoch"] < EPOCHS + DYNAMICS_EPOCHS:
             return old
         reason = (f"{changed[0]} was {was.get(changed[0])}, now {now[changed[0]]}" if changed
                   else "it is finished")
@@ -285,39 +363,71 @@ def previous_run(path, data):
 
 
 def train(data, path, device):
-    """Runs EPOCHS epochs over `data`, saving the checkpoint at `path` after each one."""
+    """Runs EPOCHS, then DYNAMICS_EPOCHS over `data`, saving the checkpoint at `path` after each."""
     torch.manual_seed(SEED)
     old = previous_run(path, data)
     data = data.to(device)
     train_episodes, held_out = split_by_episode(data, VALIDATION_FRACTION, SEED)
     passes = max(1, len(data) // (len(set(data.episode)) * WINDOW))  # an epoch sees all transitions
-    batches = WindowBatches(data, train_episodes, WINDOW, BATCH_SIZE, SEED, passes)
+    windows = WindowBatches(data, train_episodes, WINDOW, BATCH_SIZE, SEED, passes)
     model, tiles = new_model(data).to(device), to_float(data.tiles)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=EPOCHS * len(batches), pct_start=0.1)
+    known = None                                                        # when the encoder rests
+
+    def steps(epoch):
+        return len(windows) if epoch <= EPOCHS else -(-len(known[1]) // DYNAMICS_BATCH_SIZE)
+
+    def losses(epoch):
+        """Yields the loss to minimise and the loss to print of every step of an epoch."""
+        if epoch <= EPOCHS:
+            windows.set_epoch(epoch)
+            for batch in windows:
+                yield training_loss(model, tiles, batch["tiles"], batch["actions"])
+            return
+        z, before, action, after = known
+        order = torch.randperm(len(action), generator=torch.Generator().manual_seed(epoch))
+        for i in order.to(device).split(DYNAMICS_BATCH_SIZE):
+            yield dynamics_loss(model, z[before[i]], action[i], z[after[i]])
+
+    def rest():
+        model.update_target_encoder(0)  # from now on, the average is the encoder itself
+        return known_transitions(model, data, train_episodes)
+
+    def new_optimizer(epoch):
+        """Optimizer and schedule of the stage that `epoch` belongs to, at its beginning."""
+        optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY,
+                                      fused=True)
+        epochs = EPOCHS if epoch <= EPOCHS else DYNAMICS_EPOCHS
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, LEARNING_RATE, total_steps=epochs * steps(epoch), pct_start=0.1)
+
     done, step, history, best = 0, 0, [], None
     if old:
         done, step, history, best = old["epoch"], old["step"], old["history"], old["model"]
         model.load_state_dict(old["last_model"])
+        known = rest() if done > EPOCHS else None
+        optimizer, schedule = new_optimizer(done)
         optimizer.load_state_dict(old["optimizer"])
         schedule.load_state_dict(old["schedule"])
         torch.set_rng_state(old["rng_state"])
-        print(f"Going on from epoch {done} of {EPOCHS} in {path.name}")
+        print(f"Going on from epoch {done} of {EPOCHS + DYNAMICS_EPOCHS} in {path.name}")
 
-    for epoch in range(done + 1, EPOCHS + 1):
+    for epoch in range(done + 1, EPOCHS + DYNAMICS_EPOCHS + 1):
         began, total = time.perf_counter(), torch.zeros((), device=device)
-        batches.set_epoch(epoch)
+        if epoch > EPOCHS and known is None:
+            known = rest()
+        if epoch in (1, EPOCHS + 1):
+            optimizer, schedule = new_optimizer(epoch)
         model.train()
-        progress = tqdm(batches, f"Epoch {epoch:02d}", leave=False, mininterval=1)
-        for number, batch in enumerate(progress, 1):
-            loss, printed = training_loss(model, tiles, batch["tiles"], batch["actions"])
+        progress = tqdm(losses(epoch), f"Epoch {epoch:02d}", steps(epoch), leave=False,
+                        mininterval=1)
+        for number, (loss, printed) in enumerate(progress, 1):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            model.update_target_encoder(EMA_MOMENTUM)
+            if epoch <= EPOCHS:
+                model.update_target_encoder(EMA_MOMENTUM)
             total += printed.detach()
             step += 1
             # Reading the sum waits for the device: on accelerators only as often as it is printed.
@@ -331,7 +441,7 @@ def train(data, path, device):
                     tqdm.write(f"Epoch {epoch:02d} | Batch {number:04d} | Step {step:05d} | "
                                f"Avg Loss {average:.4f}")
         model.eval()
-        row = {"loss": (total / len(batches)).item(), **validate(model, data, held_out, device)}
+        row = {"loss": (total / number).item(), **validate(model, data, held_out, device)}
         row["seconds"] = time.perf_counter() - began
         tqdm.write(f"Epoch {epoch:02d} finished | Mean Loss {row['loss']:.4f} | "
                    f"Val cos {row['cos']:.2f} | z_std {row['z_std']:.2f} | "

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -71,30 +71,44 @@ class ConvEncoder(nn.Module):
         self.still = nn.Linear(channels * rows * columns, latent_dim - moving_dim)
 
     def forward(self, obs):
-        where, what = self.look(obs)
-        return self.read(where.movedim(1, 3), what.movedim(1, 3))
+        where, what = (x.movedim(1, 3) for x in self.look(obs))     # (B, rows, columns, C) each
+        return self.join(self.profiles(where), self.still(what.flatten(1)))
 
     def look(self, obs):
         """Pixels (B, in_channels, H, W) -> two maps of features, (B, C, rows, columns) each."""
         x = self.convolution(obs - 0.5)                                 # (B, 2C, rows, columns)
         return [F.relu(normalise(part)) for part in x.chunk(2, 1)]
 
-    def read(self, where, what):
-        """Two maps of patch features, (B, rows, columns, C) each -> (B, latent_dim), unit norm."""
-        columns, rows = where.max(1).values, where.max(2).values        # (B, columns or rows, C)
-        where = torch.cat([columns, rows, rows.max(1, keepdim=True).values], 1)
-        z = torch.cat([self.moving(where.flatten(1)), self.still(what.flatten(1))], 1)
-        return F.normalize(z, dim=1)
+    def profiles(self, where):
+        """(B, rows, columns, C) -> maxima (B, rows + columns, C): of each row, of each column."""
+        return torch.cat([where.max(2).values, where.max(1).values], 1)
+
+    def join(self, profiles, still):
+        """Profiles and still part (B, latent_dim - moving_dim) -> (B, latent_dim), unit norm."""
+        image = profiles.max(1, keepdim=True).values                    # (B, 1, C)
+        moving = self.moving(torch.cat([profiles, image], 1).flatten(1))
+        return F.normalize(torch.cat([moving, still], 1), dim=1)
 
     def from_tiles(self, tiles, index):
         """What forward gives for images put together from a few distinct patches, much cheaper.
 
-        Args: tiles (M, in_channels, patch_size, patch_size) in [0, 1], index (B, rows, columns).
         A batch of MiniGrid frames has 100,000 patches but a few dozen distinct ones: each is looked
-        at once, and its features are put wherever it occurs.
+        at once. Its features are put wherever it occurs, and what each tile adds to the still part
+        at each place is looked up instead of multiplied out.
+
+        Args: tiles (M, in_channels, patch_size, patch_size) in [0, 1], index (B, rows, columns).
+        Returns: latents (B, latent_dim), and the profiles (B, rows + columns, C) behind them.
         """
+        if len(tiles) > index.numel():  # no gain: take only the tiles that this batch needs
+            tiles = tiles[index.flatten()]
+            index = torch.arange(index.numel(), device=index.device).view_as(index)
         where, what = (x.flatten(1) for x in self.look(tiles))          # (M, C) each
-        return self.read(F.embedding(index, where), F.embedding(index, what))
+        profiles = self.profiles(F.embedding(index, where))
+        weight = self.still.weight.unflatten(1, (-1, what.shape[1]))    # (D, patches, C)
+        adds = what @ weight.permute(1, 2, 0)                           # (patches, M, D)
+        place = torch.arange(len(adds), device=index.device) * len(tiles)
+        still = F.embedding_bag(index.flatten(1) + place, adds.flatten(0, 1), mode="sum")
+        return self.join(profiles, still + self.still.bias), profiles
 
 
 # ---------------------------------------------------------------------------------------------
@@ -103,18 +117,41 @@ class ConvEncoder(nn.Module):
 
 
 class LatentDynamics(nn.Module):
-    """An MLP that adds what the action changes: (B, latent_dim), (B,) int64 -> (B, latent_dim).
+    """A glimpse of the surroundings, then an MLP that adds what the action changes:
+    (..., latent_dim), (...) int64 -> (..., latent_dim), unit-norm in and out.
 
-    Input and output are unit-norm. The output is put back on the sphere after every step;
-    without that, rollouts of several steps drift off it.
+    Whether the agent can step ahead depends on what stands there, and a plain MLP would learn that
+    for each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics
+    look first, as in the attention of DRAW (Gregor et al. 2015): `to_row` and `to_column` point at
+    the place of what moves, `to_map` unfolds the still part of the latent into a map, and the 3 x 3
+    patches of that map around that place go into the MLP. "The way is free" is then one rule.
+
+    The output is put back on the sphere after every step; without that, rollouts drift off it.
+
+    Args:
+        grid: (rows, columns) of the map.
+        channels: of the encoder's patch features, which the map predicts.
+        kinds: numbers a patch that the map holds, and that are looked at.
+        context_dim: size of a summary of the still part that the MLP also sees. Not all of it: the
+            MLP would learn layouts by heart.
     """
 
-    def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, action_dim=16):
+    sharpness = 8.0  # of the pointers: latents have size 1, and the right place must win clearly
+
+    def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, action_dim=16, moving_dim=48,
+                 grid=(8, 8), channels=24, kinds=8, context_dim=16):
         super().__init__()
-        self.scale = math.sqrt(latent_dim)  # the MLP sees coordinates of size about 1
+        self.scale = math.sqrt(latent_dim)  # layers see coordinates of size about 1
+        self.grid, self.kinds = grid, kinds
+        self.split = [moving_dim, latent_dim - moving_dim]
+        self.to_row = nn.Linear(moving_dim, grid[0])
+        self.to_column = nn.Linear(moving_dim, grid[1])
+        self.to_map = nn.Linear(latent_dim - moving_dim, math.prod(grid) * kinds)
+        self.to_patch = nn.Linear(kinds, channels)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
+        self.to_context = nn.Linear(latent_dim - moving_dim, context_dim)
         self.mlp = nn.Sequential(
-            nn.Linear(latent_dim + action_dim, hidden_dim), nn.ReLU(),
+            nn.Linear(moving_dim + context_dim + action_dim + 9 * kinds, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, latent_dim),
         )
@@ -123,10 +160,34 @@ class LatentDynamics(nn.Module):
             self.mlp[-1].weight.mul_(0.1)
             self.mlp[-1].bias.zero_()
 
+    def point(self, z):
+        """(..., latent_dim) -> logits over rows and over columns: where is what moves?"""
+        moving = z.split(self.split, -1)[0] * (self.scale * self.sharpness)
+        return self.to_row(moving), self.to_column(moving)
+
+    def unfold(self, z):
+        """(..., latent_dim) -> (..., rows, columns * kinds) in (-1, 1): what stands where."""
+        kinds = self.to_map(z.split(self.split, -1)[1] * self.scale).tanh()
+        return kinds.unflatten(-1, (self.grid[0], -1))
+
+    def paint(self, maps):
+        """(..., rows, columns * kinds) -> (..., rows * columns * channels): patch features."""
+        return self.to_patch(maps.flatten(-2).unflatten(-1, (-1, self.kinds))).flatten(-2)
+
+    def glimpse(self, z):
+        """(..., latent_dim) -> (..., 9 * kinds): the 3 x 3 patches around what moves."""
+        maps = self.unfold(z).detach()  # so that training_loss alone decides what is on the map
+        # Pointers at the row before, at and after the place, and so for columns: (..., 3, rows).
+        row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
+                       for x in self.point(z))
+        near = (row @ maps).unflatten(-1, (-1, self.kinds))     # (..., 3, columns, kinds)
+        return (column.unsqueeze(-3) @ near).flatten(-3)                # (..., 3 * 3 * kinds)
+
     def forward(self, z, action):
-        z = z * self.scale
-        change = self.mlp(torch.cat([z, self.action_embedding(action)], -1))
-        return F.normalize(z + change, dim=-1)
+        moving, still = (z * self.scale).split(self.split, -1)
+        seen = [moving, self.to_context(still), self.action_embedding(action), self.glimpse(z)]
+        change = self.mlp(torch.cat(seen, -1))
+        return F.normalize(z * self.scale + change, dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -163,17 +224,17 @@ class JEPAWorldModel(nn.Module):
         self.moving_dim = moving_dim
         self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
                                    moving_dim)
-        self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim)
+        grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim, moving_dim=moving_dim,
+                                       grid=grid, channels=channels)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def encode_tiles(self, tiles, index, target=False):
         """As encode or encode_target, for images made of a few distinct tiles: see from_tiles."""
-        if len(tiles) > index.numel():  # no gain: take only the tiles that this batch needs
-            tiles, index = tiles[index.flatten()], torch.arange(index.numel()).view_as(index)
         if target and self.objective == "jepa":
             with torch.no_grad():
-                return self.target_encoder.from_tiles(tiles, index)
-        return self.encoder.from_tiles(tiles, index)
+                return self.target_encoder.from_tiles(tiles, index)[0]
+        return self.encoder.from_tiles(tiles, index)[0]
 
     def encode(self, obs):
         """(B, 3, H, W) float in [0, 1] -> (B, latent_dim), unit norm, by the online encoder."""
@@ -227,8 +288,8 @@ class ReconstructionWorldModel(JEPAWorldModel):
         super().__init__(*args, **kwargs)
         del self.target_encoder
         a = self.arguments
-        self.grid = (a["image_size"][0] // a["patch_size"], a["image_size"][1] // a["patch_size"])
-        self.to_patches = nn.Linear(self.latent_dim, 2 * a["channels"] * math.prod(self.grid))
+        grid = self.dynamics.grid
+        self.to_patches = nn.Linear(self.latent_dim, 2 * a["channels"] * math.prod(grid))
         self.to_pixels = nn.ConvTranspose2d(2 * a["channels"], a["in_channels"], a["patch_size"],
                                             stride=a["patch_size"])
 
@@ -238,7 +299,7 @@ class ReconstructionWorldModel(JEPAWorldModel):
     def decode(self, z):
         """(B, latent_dim) -> (B, in_channels, H, W), about in [0, 1]."""
         x = self.to_patches(z * math.sqrt(self.latent_dim))
-        return self.to_pixels(F.relu(x.unflatten(1, (-1, *self.grid)))) + 0.5
+        return self.to_pixels(F.relu(x.unflatten(1, (-1, *self.dynamics.grid)))) + 0.5
 
     def update_target_encoder(self, momentum=0.99):
         """Nothing to do: the online encoder is its own target."""

@@ -177,7 +177,7 @@ class LatentDynamics(nn.Module):
     def glimpse(self, z):
         """(..., latent_dim) -> (..., 9 * kinds): the 3 x 3 patches around what moves."""
         maps = self.unfold(z).detach()  # so that training_loss alone decides what is on the map
-        # Pointers at the row before, at and after the place, and so for columns: (..., 3, rows).
+        # Pointers at the row after, at and before the place, and so for columns: (..., 3, rows).
         row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
                        for x in self.point(z))
         near = (row @ maps).unflatten(-1, (-1, self.kinds))     # (..., 3, columns, kinds)

@@ -173,3 +173,20 @@ def test_dynamics_start_near_identity():
     z = F.normalize(torch.randn(20, 128), dim=1)
     predicted = JEPAWorldModel().predict_next(z, torch.zeros(20, dtype=torch.long))
     assert (predicted * z).sum(1).min() > math.cos(0.5)
+
+
+@pytest.mark.parametrize("row, column", [(0, 0), (3, 5), (7, 2)])
+def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, column):
+    dynamics = JEPAWorldModel().dynamics
+    kinds = dynamics.kinds
+    with torch.no_grad():
+        for layer in (dynamics.to_row, dynamics.to_column, dynamics.to_map):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
+        dynamics.to_map.bias.normal_()
+        maps = dynamics.to_map.bias.tanh().view(8, 8, kinds)
+        seen = dynamics.glimpse(F.normalize(torch.randn(2, 3, 128), dim=-1)).view(2, 3, 3, 3, kinds)
+    padded = F.pad(maps, (0, 0, 1, 1, 1, 1))  # nothing stands beyond the border
+    expected = padded[row:row + 3, column:column + 3].flip(0, 1)  # last row, last column first
+    torch.testing.assert_close(seen, expected.expand(2, 3, -1, -1, -1))

@@ -225,3 +225,46 @@ def test_the_tutorials_own_loop_reads_our_file(workshop, monkeypatch):
         model.update_target_encoder(momentum=0.99)
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_the_glimpse_learns_without_touching_the_latents(workshop):
+    data = train_jepa.load_data(collect_minigrid_data.data_path())
+    model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
+    batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 4, 8, 0)))
+    frames = batch["tiles"]
+    z, profiles = (x.unflatten(0, frames.shape[:2])
+                   for x in model.encoder.from_tiles(tiles, frames.flatten(0, 1)))
+    first = train_jepa.join_tiles(tiles, frames[:, 0])
+    train_jepa.glimpse_loss(model, z, profiles, first).backward()
+    taught = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    layers = ("to_row", "to_column", "to_map", "to_patch")
+    assert taught == {f"dynamics.{x}.{y}" for x in layers for y in ("weight", "bias")}
+
+
+def test_what_ends_an_episode_ends_it_for_good(workshop):
+    data = train_jepa.load_data(collect_minigrid_data.data_path())
+    model, episodes = train_jepa.new_model(data), np.unique(data.episode)
+    z, before, action, after = train_jepa.known_transitions(model, data, episodes)
+    N = len(data)
+    assert torch.equal(before[:N], data.obs_index) and torch.equal(after[:N], data.next_obs_index)
+    ends = set(data.next_obs_index[torch.from_numpy(data.terminated)].tolist())
+    assert ends and set(after[N:].tolist()) == ends
+    for end in ends:
+        assert set(action[N:][before[N:] == end].tolist()) == set(range(7))
+    imagined = before[N:] >= len(data.frame_tiles)
+    assert imagined.float().mean() == 0.5 and before.max() == len(z) - 1
+    data.terminated = None  # files with the tutorial's five keys
+    assert len(train_jepa.known_transitions(model, data, episodes)[2]) == N
+
+
+def test_noise_of_the_still_part_goes_in_and_out(workshop, monkeypatch):
+    monkeypatch.setattr(train_jepa, "DYNAMICS_NOISE", 0.5)
+    model = train_jepa.new_model(train_jepa.load_data(collect_minigrid_data.data_path()))
+    torch.manual_seed(0)
+    z, seen = F.normalize(torch.randn(64, 128), dim=1), []
+    monkeypatch.setattr(model, "predict_next", lambda z, a: seen.append(z) or z)
+    train_jepa.dynamics_loss(model, z, torch.zeros(64, dtype=torch.long), z)
+    shifted = ((seen[0] - z).abs().amax(1) > 1e-6)
+    assert 10 < shifted.sum() < 54
+    monkeypatch.setattr(train_jepa, "DYNAMICS_NOISE", 0.0)
+    assert train_jepa.dynamics_loss(model, z, torch.zeros(64, dtype=torch.long), z)[1] < 1e-9

@@ -43,7 +43,7 @@ from world_model_jepa import (
 # Settings: edit and rerun. The environment is the one that the checkpoint was trained on.
 # ---------------------------------------------------------------------------------------------
 NUM_TASKS = 200
-CONTROL_TASKS = 50   # the first of them, for the slow controls: CEM and the untrained model
+CONTROL_TASKS = 20   # the first of them, for the slow controls: CEM and the other models
 SEED = 1000          # of the tasks; must differ from the data's, whose layouts were trained on
 MAX_STATES = 4000    # imagined states per search; FourRooms has about 1,040
 
@@ -94,7 +94,8 @@ def plan_actions(model, obs, goal_obs, max_actions=100, experience=()):
         z_next = model.predict_next(z.repeat_interleave(A, 0), every_action)        # (F * A, D)
         f, m = (z @ z_real[1:].T > same).nonzero().T
         z_next[f * A + a_real[1:][m]] = z_next_real[1:][m]
-        new = ((z_next @ states[:count].T).amax(1) <= same).nonzero()[:, 0]
+        new = ((z_next * z.repeat_interleave(A, 0)).sum(1) <= same).nonzero()[:, 0]  # most are not
+        new = new[(z_next[new] @ states[:count].T).amax(1) <= same]
         new = new[first_of_each(z_next[new], same)][:MAX_STATES - count]
         parents += [(first + i // A, i % A) for i in new.tolist()]
         states[count:len(parents)], first = z_next[new], count
@@ -378,7 +379,8 @@ def compare(env, tile_size, models):
     untrained = type(jepa)(**jepa.arguments).to(pick_device()).eval()
     tasks = [make_task(env, n) for n in tqdm(range(NUM_TASKS), "tasks", leave=False)]
     few = tasks[:CONTROL_TASKS]
-    rows = [(f"{name}, search", search(model), tasks) for name, model in models.items()]
+    rows = [(f"{name}, search", search(model), tasks if model is jepa else few)
+            for name, model in models.items()]
     rows += [
         ("JEPA, CEM", search(jepa, plan_with_cem), few),
         ("untrained, search", search(untrained), few),

@@ -85,17 +85,19 @@ def plan_actions(model, obs, goal_obs, max_actions=100, experience=()):
     a_real = torch.tensor(a_real, device=device)
     states = start.new_empty(MAX_STATES, start.shape[1])
     states[0], parents = start[0], [(0, None)]                          # (state, action) each
+    every_action = torch.arange(A, device=device)
     best, best_similarity, first = 0, -1.0, 0                           # first: of the frontier
     for _ in range(max_actions):
         z, count = states[first:len(parents)], len(parents)             # (F, D)
         if best_similarity > same or not len(z) or count == MAX_STATES:
             break
-        every_action = torch.arange(A, device=device).repeat(len(z))
-        z_next = model.predict_next(z.repeat_interleave(A, 0), every_action)        # (F * A, D)
+        z_next = model.predict_next(z[:, None], every_action).flatten(0, 1)         # (F * A, D)
         f, m = (z @ z_real[1:].T > same).nonzero().T
         z_next[f * A + a_real[1:][m]] = z_next_real[1:][m]
         new = ((z_next * z.repeat_interleave(A, 0)).sum(1) <= same).nonzero()[:, 0]  # most are not
         new = new[(z_next[new] @ states[:count].T).amax(1) <= same]
+        # No way leads on from where the model expects the episode to end.
+        new = new[(model.predict_end(z_next[new]) <= 0.5) | (z_next[new] @ goal > same)]
         new = new[first_of_each(z_next[new], same)][:MAX_STATES - count]
         parents += [(first + i // A, i % A) for i in new.tolist()]
         states[count:len(parents)], first = z_next[new], count
@@ -150,7 +152,7 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20, experience=()):
     whose imagined latents come nearest to the goal at any step. (Rubinstein 1999; for planning in
     latents e.g. Hafner et al. 2019.) Returns the best sequence up to its nearest step.
     """
-    samples, rounds, horizon = 512, 5, min(max_actions, 20)
+    samples, rounds, horizon = 256, 4, min(max_actions, 20)
     device = next(model.parameters()).device
     A = model.arguments["num_actions"]
     goal = model.encode_target(goal_obs[None].to(device))[0]
@@ -471,7 +473,7 @@ def draw(path, env, model, tile_size, attempts, rows, name="JEPA, search"):
     """plan.png: a few tasks, one a row, and success against the oracle's path length."""
     shown = choose(attempts[name])
     figure = plt.figure(figsize=(14, 1.9 * len(shown) + 4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.9 * len(shown), 4))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.9 * len(shown) or 0.1, 4))
     if shown:
         grid = top.subplots(len(shown), 3 + FRAMES, squeeze=False)
     for axes, result in zip(grid if shown else [], shown):

@@ -181,18 +181,21 @@ def training_loss(model, tiles, frames, actions):
     return loss + focused(error) + collapse_terms(z, model.moving_dim), error.mean() / z.shape[-1]
 
 
-def dynamics_loss(model, z, actions, z_next):
+def dynamics_loss(model, z, actions, z_next, ended):
     """Latents (B, D) before and after actions (B,), all at rest -> loss to minimise, to print.
+    Where `ended` (B,) bool, the episode had ended in z; telling that is learnt beside.
 
     Half of the latents are shifted by a little noise. Noise in the moving part must be taken away
     again, so that errors die out in long rollouts; what comes in the still part must go out.
     """
     size = DYNAMICS_NOISE * torch.rand(len(z), 1, device=z.device) / math.sqrt(z.shape[1])
     noise = torch.randn_like(z) * size * (torch.rand_like(size) < 0.5)
-    predicted = model.predict_next(F.normalize(z + noise, dim=1), actions)
+    z = F.normalize(z + noise, dim=1)
+    predicted = model.predict_next(z, actions)
+    ends = F.binary_cross_entropy_with_logits(model.dynamics.end(z.detach()), ended.float())
     noise[:, :model.moving_dim] = 0
     error = (predicted - F.normalize(z_next + noise, dim=1)).square().sum(-1)
-    return focused(error), error.mean() / z.shape[1]
+    return focused(error) + ends, error.mean() / z.shape[1]
 
 
 def known_transitions(model, data, episodes):
@@ -385,9 +388,10 @@ def train(data, path, device):
                 yield training_loss(model, tiles, batch["tiles"], batch["actions"])
             return
         z, before, action, after = known
+        first_end = len(window_starts(data, 1, train_episodes))
         order = torch.randperm(len(action), generator=torch.Generator().manual_seed(epoch))
         for i in order.to(device).split(DYNAMICS_BATCH_SIZE):
-            yield dynamics_loss(model, z[before[i]], action[i], z[after[i]])
+            yield dynamics_loss(model, z[before[i]], action[i], z[after[i]], i >= first_end)
 
     def rest():
         model.update_target_encoder(0)  # from now on, the average is the encoder itself

@@ -118,7 +118,8 @@ class ConvEncoder(nn.Module):
 
 class LatentDynamics(nn.Module):
     """A glimpse of the surroundings, then an MLP that adds what the action changes:
-    (..., latent_dim), (...) int64 -> (..., latent_dim), unit-norm in and out.
+    (..., latent_dim), (...) int64 -> (..., latent_dim), unit-norm in and out. The leading shapes
+    broadcast: (B, 1, latent_dim) and (A,) give what each of A actions does to each of B latents.
 
     Whether the agent can step ahead depends on what stands there, and a plain MLP would learn that
     for each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics
@@ -155,6 +156,8 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, latent_dim),
         )
+        self.end_weight = nn.Parameter(torch.zeros(9 * kinds))
+        self.end_bias = nn.Parameter(torch.zeros(()))
         # Start close to "nothing changes": true of most dims in most transitions.
         with torch.no_grad():
             self.mlp[-1].weight.mul_(0.1)
@@ -183,10 +186,15 @@ class LatentDynamics(nn.Module):
         near = (row @ maps).unflatten(-1, (-1, self.kinds))     # (..., 3, columns, kinds)
         return (column.unsqueeze(-3) @ near).flatten(-3)                # (..., 3 * 3 * kinds)
 
+    def end(self, z):
+        """(..., latent_dim) -> (...): logit of "the episode ends here"."""
+        return self.glimpse(z) @ self.end_weight + self.end_bias
+
     def forward(self, z, action):
         moving, still = (z * self.scale).split(self.split, -1)
         seen = [moving, self.to_context(still), self.action_embedding(action), self.glimpse(z)]
-        change = self.mlp(torch.cat(seen, -1))
+        shape = torch.broadcast_shapes(z.shape[:-1], action.shape)
+        change = self.mlp(torch.cat([x.expand(*shape, -1) for x in seen], -1))
         return F.normalize(z * self.scale + change, dim=-1)
 
 
@@ -248,6 +256,10 @@ class JEPAWorldModel(nn.Module):
     def predict_next(self, z, action):
         """(B, latent_dim), (B,) int64 -> (B, latent_dim): compare it with encode_target."""
         return self.dynamics(z, action)
+
+    def predict_end(self, z):
+        """(B, latent_dim) -> (B,) in [0, 1]: does the episode end in this state, as on a goal?"""
+        return self.dynamics.end(z).sigmoid()
 
     def rollout(self, obs, actions):
         """(B, 3, H, W), (B, T) -> (B, T, latent_dim): no frame after the first is seen."""

@@ -62,9 +62,15 @@ class ExactModel(torch.nn.Module):
 
     encode_target = encode
 
+    def predict_end(self, z):
+        return torch.zeros(len(z))
+
     def predict_next(self, z, action):
+        shape = torch.broadcast_shapes(z.shape[:-1], action.shape)
+        z, action = z.expand(*shape, -1).flatten(0, -2), action.expand(shape).flatten()
         before = [self.poses[i] for i in z.argmax(1).tolist()]
-        return self.latents([self.after(p, a) for p, a in zip(before, action.tolist())])
+        after = self.latents([self.after(p, a) for p, a in zip(before, action.tolist())])
+        return after.unflatten(0, shape)
 
     def distances(self, start):
         found, queue = {start: 0}, deque([start])
@@ -292,3 +298,17 @@ def test_checkpoint_of_another_image_size(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "HERE", tmp_path)
     with pytest.raises(SystemExit, match=r"expects images of .* \(32, 32\)"):
         plan.main()
+
+
+def test_a_plan_goes_round_a_state_in_which_the_episode_ends():
+    class Ending(ExactModel):
+        def predict_end(self, z):
+            cells = [self.poses[i][:2] for i in z.argmax(1).tolist()]
+            return torch.tensor([float(cell == (2, 2)) for cell in cells])
+
+    model, start = Ending(), (1, 2, 0)
+    actions = plan_actions(model, model.image(start), model.image((2, 1, 3)))
+    cells = [model.run(start, actions[:n])[:2] for n in range(len(actions) + 1)]
+    assert cells[-1] == (2, 1) and (2, 2) not in cells
+    onto = plan_actions(model, model.image(start), model.image((2, 2, 0)))
+    assert onto == [2]  # the goal itself may end the episode

@@ -263,8 +263,23 @@ def test_noise_of_the_still_part_goes_in_and_out(workshop, monkeypatch):
     torch.manual_seed(0)
     z, seen = F.normalize(torch.randn(64, 128), dim=1), []
     monkeypatch.setattr(model, "predict_next", lambda z, a: seen.append(z) or z)
-    train_jepa.dynamics_loss(model, z, torch.zeros(64, dtype=torch.long), z)
+    arguments = model, z, torch.zeros(64, dtype=torch.long), z, torch.zeros(64, dtype=torch.bool)
+    train_jepa.dynamics_loss(*arguments)
     shifted = ((seen[0] - z).abs().amax(1) > 1e-6)
     assert 10 < shifted.sum() < 54
     monkeypatch.setattr(train_jepa, "DYNAMICS_NOISE", 0.0)
-    assert train_jepa.dynamics_loss(model, z, torch.zeros(64, dtype=torch.long), z)[1] < 1e-9
+    assert train_jepa.dynamics_loss(*arguments)[1] < 1e-9
+
+
+def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
+    model = train_jepa.new_model(train_jepa.load_data(collect_minigrid_data.data_path()))
+    z, actions = F.normalize(torch.randn(64, 128), dim=1), torch.zeros(64, dtype=torch.long)
+    gradients = []
+    for ended in (torch.zeros(64, dtype=torch.bool), torch.arange(64) < 32):
+        model.zero_grad()
+        torch.manual_seed(0)
+        train_jepa.dynamics_loss(model, z, actions, z, ended)[0].backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()
+                          if p.grad is not None})
+    changed = {n for n in gradients[0] if not torch.equal(gradients[0][n], gradients[1][n])}
+    assert changed == {"dynamics.end_weight", "dynamics.end_bias"}

@@ -12,7 +12,8 @@ the goal pose within twice the oracle's path length plus 10 actions. The oracle 
 search that steps the real simulator.
 
 MiniGrid ends an episode on its green goal tile, so no task starts or ends there and the oracle does
-not cross it. The planner is not told: walking onto that tile is a failure.
+not cross it. The planner knows of it what the model has learnt (predict_end): walking onto that tile
+is a failure.
 """
 
 import json

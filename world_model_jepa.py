@@ -187,8 +187,11 @@ class LatentDynamics(nn.Module):
         return (column.unsqueeze(-3) @ near).flatten(-3)                # (..., 3 * 3 * kinds)
 
     def end(self, z):
-        """(..., latent_dim) -> (...): logit of "the episode ends here"."""
-        return self.glimpse(z) @ self.end_weight + self.end_bias
+        """(..., latent_dim) -> (...): logit of "the episode ends here".
+
+        Reads the glimpse without training it: the few ends would bend the pointers.
+        """
+        return self.glimpse(z).detach() @ self.end_weight + self.end_bias
 
     def forward(self, z, action):
         moving, still = (z * self.scale).split(self.split, -1)

@@ -274,6 +274,7 @@ def test_noise_of_the_still_part_goes_in_and_out(workshop, monkeypatch):
 def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
     model = train_jepa.new_model(train_jepa.load_data(collect_minigrid_data.data_path()))
     z, actions = F.normalize(torch.randn(64, 128), dim=1), torch.zeros(64, dtype=torch.long)
+    torch.nn.init.normal_(model.dynamics.end_weight)
     gradients = []
     for ended in (torch.zeros(64, dtype=torch.bool), torch.arange(64) < 32):
         model.zero_grad()

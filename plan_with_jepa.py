@@ -12,8 +12,8 @@ the goal pose within twice the oracle's path length plus 10 actions. The oracle 
 search that steps the real simulator.
 
 MiniGrid ends an episode on its green goal tile, so no task starts or ends there and the oracle does
-not cross it. The planner knows of it what the model has learnt (predict_end): walking onto that tile
-is a failure.
+not cross it. The planner knows of it what the model has learnt (predict_end): walking onto that
+tile is a failure.
 """
 
 import json
@@ -46,6 +46,7 @@ from world_model_jepa import (
 NUM_TASKS = 200
 CONTROL_TASKS = 20   # the first of them, for the slow controls: CEM and the other models
 SEED = 1000          # of the tasks; must differ from the data's, whose layouts were trained on
+END_ODDS = 0.3       # states more likely than this to end the episode are not crossed
 MAX_STATES = 4000    # imagined states per search; FourRooms has about 1,040
 
 HERE = Path(__file__).resolve().parent
@@ -98,7 +99,7 @@ def plan_actions(model, obs, goal_obs, max_actions=100, experience=()):
         new = ((z_next * z.repeat_interleave(A, 0)).sum(1) <= same).nonzero()[:, 0]  # most are not
         new = new[(z_next[new] @ states[:count].T).amax(1) <= same]
         # No way leads on from where the model expects the episode to end.
-        new = new[(model.predict_end(z_next[new]) <= 0.5) | (z_next[new] @ goal > same)]
+        new = new[(model.predict_end(z_next[new]) <= END_ODDS) | (z_next[new] @ goal > same)]
         new = new[first_of_each(z_next[new], same)][:MAX_STATES - count]
         parents += [(first + i // A, i % A) for i in new.tolist()]
         states[count:len(parents)], first = z_next[new], count
@@ -577,7 +578,7 @@ def main():
         result = {
             "env_id": metadata["env_id"],
             "settings": {"NUM_TASKS": NUM_TASKS, "CONTROL_TASKS": CONTROL_TASKS, "SEED": SEED,
-                         "MAX_STATES": MAX_STATES},
+                         "END_ODDS": END_ODDS, "MAX_STATES": MAX_STATES},
             "device": str(pick_device()), "threads": torch.get_num_threads(), "rows": rows,
         }
         text = json.dumps(result, indent=1)

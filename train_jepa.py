@@ -252,9 +252,9 @@ def validate(model, data, episodes, device):
     first = torch.empty(len(tiles), dtype=torch.long, device=device).scatter_(
         0, same, torch.arange(len(used), device=device))
     before, after = same[pair]
-    chunks = [to_float(data.frames(used[i])) for i in first.split(512)]
-    online = torch.cat([model.encode(c) for c in chunks])
-    target = torch.cat([model.encode_target(c) for c in chunks])
+    chunks = [data.frame_tiles[used[i]].int() for i in first.split(512)]
+    online = torch.cat([model.encode_tiles(to_float(data.tiles), c) for c in chunks])
+    target = torch.cat([model.encode_tiles(to_float(data.tiles), c, target=True) for c in chunks])
     predicted = model.predict_next(online[before], data.actions[starts])
     moved = before != after
     return {

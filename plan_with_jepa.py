@@ -126,8 +126,7 @@ def same_state(model, z):
     actions = torch.arange(model.arguments["num_actions"], device=z.device)
     met = [z]
     for _ in range(3):
-        z = met[-1].repeat_interleave(len(actions), 0)
-        met.append(model.predict_next(z, actions.repeat(len(met[-1]))))
+        met.append(model.predict_next(met[-1][:, None], actions).flatten(0, 1))
     met = torch.cat(met)                                                # (1 + A + A^2 + A^3, D)
     # Below 0.015 lies one state, above 0.1 lie two, in any model that is worth asking. The line is
     # nearer to the first: two states taken for one cut a passage, one taken for two costs time.

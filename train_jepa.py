@@ -252,9 +252,10 @@ def validate(model, data, episodes, device):
     first = torch.empty(len(tiles), dtype=torch.long, device=device).scatter_(
         0, same, torch.arange(len(used), device=device))
     before, after = same[pair]
+    pixels = to_float(data.tiles)
     chunks = [data.frame_tiles[used[i]].int() for i in first.split(512)]
-    online = torch.cat([model.encode_tiles(to_float(data.tiles), c) for c in chunks])
-    target = torch.cat([model.encode_tiles(to_float(data.tiles), c, target=True) for c in chunks])
+    online = torch.cat([model.encode_tiles(pixels, c) for c in chunks])
+    target = torch.cat([model.encode_tiles(pixels, c, target=True) for c in chunks])
     predicted = model.predict_next(online[before], data.actions[starts])
     moved = before != after
     return {

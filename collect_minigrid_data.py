@@ -29,6 +29,7 @@ import copy
 import difflib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -61,6 +62,9 @@ NUM_WORKERS = 2                   # processes; the file does not depend on it
 # Uniform odds leave some 60 % of FourRooms frames unchanged: most actions do nothing there.
 ACTION_WEIGHTS = (0.2, 0.2, 0.35, 0.08, 0.04, 0.1, 0.03)
 DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz
+# More transitions than this (episodes times steps): a folder of the same name with files of so many
+# each. A run that was stopped then goes on with the missing files.
+SHARD_TRANSITIONS = 200_000
 # -------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
@@ -79,9 +83,28 @@ class CollectError(ValueError):
 
 
 def data_path() -> Path:
-    """The file this script writes and the others read: DATA_FILE, or a name made from ENV_ID."""
+    """What this script writes and the others read: DATA_FILE, or a name made from ENV_ID. A file,
+    or where the data are more than SHARD_TRANSITIONS a folder, without .npz in its name."""
     name = re.sub(r"[^a-z0-9]+", "_", ENV_ID.removesuffix("-v0").removeprefix("MiniGrid-").lower())
-    return ROOT / (DATA_FILE or f"data/minigrid_{name}_random.npz")
+    path = ROOT / (DATA_FILE or f"data/minigrid_{name}_random.npz")
+    return path if NUM_EPISODES <= shard_episodes() else path.with_suffix("")
+
+
+def shard_episodes() -> int:
+    """Episodes that are surely no more than SHARD_TRANSITIONS."""
+    return max(1, SHARD_TRANSITIONS // MAX_STEPS_PER_EPISODE)
+
+
+def files() -> dict:
+    """{path: (its episodes, its metadata)} of all files to write."""
+    path, size = data_path(), shard_episodes()
+    whole = (ENV_ID, NUM_EPISODES, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED)
+    if NUM_EPISODES <= size:
+        return {path: (range(NUM_EPISODES), metadata(*whole))}
+    count = -(-NUM_EPISODES // size)
+    return {path / f"shard_{k:05}.npz": (range(k * size, min(k * size + size, NUM_EPISODES)),
+                                         metadata(*whole, shard=k, shards=count))
+            for k in range(count)}
 
 
 # ------------------------------------------------------------------------------------- environment
@@ -314,7 +337,7 @@ def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed
     return {"frames": pixels(block.pop("tiles"), block.pop("table")), **block}
 
 
-def metadata(env_id: str, num_episodes: int, max_steps: int, tile_size: int, seed: int):
+def metadata(env_id: str, num_episodes: int, max_steps: int, tile_size: int, seed: int, **more):
     """One JSON text, as an array of one element: `json.loads(file["metadata"].item())`."""
     return np.array(json.dumps({
         "format_version": FORMAT_VERSION, "env_id": env_id, "seed": seed, "tile_size": tile_size,
@@ -322,7 +345,7 @@ def metadata(env_id: str, num_episodes: int, max_steps: int, tile_size: int, see
         "max_steps_per_episode": max_steps, "num_episodes": num_episodes,
         "num_actions": int(make_env(env_id).action_space.n),
         "versions": {"minigrid": version("minigrid"), "gymnasium": gym.__version__,
-                     "numpy": np.__version__},
+                     "numpy": np.__version__}, **more,
     }))
 
 
@@ -400,7 +423,7 @@ def write_member(archive: zipfile.ZipFile, key: str, parts: list) -> tuple[np.dt
 
 def write_file(path: Path, parts: dict) -> dict:
     """Write the .npz whole or not at all. Returns {key: (dtype, shape)}."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.stem}.tmp.npz")  # what a killed run left is overwritten
     try:
         with open(temporary, "wb") as file:
             with zipfile.ZipFile(file, "w") as archive:
@@ -413,24 +436,53 @@ def write_file(path: Path, parts: dict) -> dict:
     return written
 
 
-def collect_parts() -> dict:
-    """Collect and compress all episodes, NUM_WORKERS blocks at a time: {key: [part, ...]}."""
+def collect_parts(run, episodes: range, whole: np.ndarray, progress) -> dict:
+    """Collect and compress `episodes` with run, a kind of map: {key: [part, ...]}."""
     size = max(1, BLOCK // MAX_STEPS_PER_EPISODE)
-    tasks = [(ENV_ID, range(at, min(at + size, NUM_EPISODES)), MAX_STEPS_PER_EPISODE, TILE_SIZE,
-              SEED, ACTION_WEIGHTS) for at in range(0, NUM_EPISODES, size)]
-    whole = metadata(ENV_ID, NUM_EPISODES, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED)
+    tasks = [(ENV_ID, episodes[at:at + size], MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED,
+              ACTION_WEIGHTS) for at in range(0, len(episodes), size)]
     parts = {key: [] for key in KEYS[:-1]}
     parts["metadata"] = [(whole.dtype, whole.shape, *deflate([whole.tobytes()]))]
-    processes, pool = min(NUM_WORKERS, len(tasks)), contextlib.nullcontext()
+    for done, block in run(compressed_block, tasks):
+        for key, part in block.items():
+            parts[key].append(part)
+        progress.update(done)
+    return parts
+
+
+def is_there(path: Path, whole: np.ndarray) -> bool:
+    """Has an earlier run of the same settings written this file?"""
+    try:
+        with np.load(path) as file:
+            return file["metadata"].item() == whole.item()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def collect_files(wanted: dict) -> dict:
+    """Collect what `files` names, NUM_WORKERS blocks at a time. Returns what the last file holds,
+    {key: (dtype, shape)}. Shards that an earlier run has written are kept."""
+    folder = data_path() if len(wanted) > 1 else data_path().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # a folder to write to, before the work
+    kept = [path for path in wanted if len(wanted) > 1 and is_there(path, wanted[path][1])]
+    if kept:
+        print(f"{folder} has {len(kept)} of {len(wanted)} files already: going on with the others")
+    for path in set(folder.glob("shard_*.npz") if len(wanted) > 1 else ()) - set(wanted):
+        path.unlink()  # of a run with more episodes
+    written, blocks = {}, min(NUM_EPISODES, shard_episodes()) * MAX_STEPS_PER_EPISODE / BLOCK
+    processes, pool = min(NUM_WORKERS, math.ceil(blocks)), contextlib.nullcontext()
     if processes > 1:  # workers ignore Ctrl-C: this process gets it, and stops them
         pool = ProcessPoolExecutor(processes, initializer=signal.signal,
                                    initargs=(signal.SIGINT, signal.SIG_IGN))
     with pool as workers, tqdm(total=NUM_EPISODES, unit="episode", desc=ENV_ID) as progress:
-        for episodes, block in (workers.map if workers else map)(compressed_block, tasks):
-            for key, part in block.items():
-                parts[key].append(part)
-            progress.update(episodes)
-    return parts
+        for path, (episodes, whole) in wanted.items():
+            if path in kept:
+                progress.update(len(episodes))
+            else:
+                written = write_file(path, collect_parts(workers.map if workers else map, episodes,
+                                                         whole, progress))
+    return written
 
 
 def check_settings():
@@ -456,10 +508,8 @@ def check_settings():
 def main():
     try:
         check_settings()
-        path = data_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()  # a folder to write to, before the work
-        written = write_file(path, collect_parts())
+        wanted = files()
+        written = collect_files(wanted)
     except CollectError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -468,8 +518,14 @@ def main():
         sys.exit("error: a worker process died, perhaps for want of memory: "
                  "lower NUM_WORKERS in collect_minigrid_data.py")
     except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
-    print(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB): {NUM_EPISODES} episodes, "
+        sys.exit("interrupted: no file was left half-written, run python3 collect_minigrid_data.py "
+                 "to begin again" + (" with the missing files" if len(wanted) > 1 else ""))
+    size = sum(path.stat().st_size for path in wanted) / 1e6
+    if len(wanted) > 1:
+        print(f"Saved {data_path()} ({size:.1f} MB): {NUM_EPISODES} episodes of {ENV_ID} in "
+              f"{len(wanted)} files")
+        return
+    print(f"Saved {data_path()} ({size:.1f} MB): {NUM_EPISODES} episodes, "
           f"{written['actions'][1][0]} transitions of {ENV_ID}")
     for key, (dtype, shape) in written.items():
         print(f"  {key:11} {shape!s:22} {dtype if shape else 'JSON text'}")

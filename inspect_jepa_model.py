@@ -27,7 +27,13 @@ from tqdm import tqdm
 
 import collect_minigrid_data
 from collect_minigrid_data import CollectError, collect_episodes
-from minigrid_dataset import DataError, load_transitions, split_by_episode, to_float
+from minigrid_dataset import (
+    DataError,
+    first_file,
+    load_transitions,
+    split_by_episode,
+    to_float,
+)
 from world_model_jepa import (
     CheckpointError,
     build_model,
@@ -657,7 +663,7 @@ def plot(path, report, models, latents, world, meta, probe_data):
 def inspect(device):
     """Measures, prints and draws; writes inspection.json and inspection.png in HERE."""
     contents = read_checkpoints()
-    data = load_transitions(collect_minigrid_data.data_path())
+    data = load_transitions(first_file(collect_minigrid_data.data_path()))
     models = build_models(contents, data, device)
     for name, its in contents.items():
         print(f"Loaded {name}_world_model.pt: epoch {its['epoch']}, data {its['data']['path']}")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import sys
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ FIELDS = {
     "carrying": ("u", (2,)),
 }
 REQUIRED = list(FIELDS)[:5]
+TRAINING_FIELDS = [*REQUIRED, "terminated", "episode"]
 
 
 class DataError(ValueError):
@@ -116,7 +118,7 @@ def to_float(frames):
 
 
 def load_transitions(npz_path):
-    """Read and validate a transition file -> Transitions.
+    """Read and validate a transition file, or a folder of shards -> Transitions.
 
     Every size is checked against the zip directory before memory is taken for it, and nothing is
     unpickled, so a damaged or hostile file costs a DataError and no more; that is the one error
@@ -125,11 +127,56 @@ def load_transitions(npz_path):
     path = Path(npz_path)
     if not path.exists():
         raise DataError(f"{path} is missing: {COLLECT}")
+    return _load_folder(path) if path.is_dir() else _load_file(path, FIELDS)
+
+
+def first_file(path):
+    """The file itself, or the first shard of a folder: enough to know the shape of the data."""
+    return min(path.glob("shard_*.npz"), default=path) if path.is_dir() else path
+
+
+def _load_folder(folder):
+    """load_transitions of shards, one at a time. Training needs no labels, so there are none, and
+    the maps of tiles (1 kB a transition) are put into an unnamed file, of which the system keeps in
+    memory what it has room for. What stays in memory is 40 bytes a transition.
+    """
+    paths, parts, metadata = sorted(folder.glob("shard_*.npz")), [], None
+    numbers, frames = {}, 0  # {bytes of a tile: its number}
+    file = tempfile.TemporaryFile(dir=folder)
+    for k, path in enumerate(paths):
+        part = _load_file(path, TRAINING_FIELDS)
+        its = {**part.metadata, "shard": None}
+        metadata = metadata or its
+        if its != metadata or part.metadata.get("shard") != k or its.get("shards") != len(paths):
+            break
+        tiles = [tile.tobytes() for tile in part.tiles.numpy()]
+        renumbered = np.array([numbers.setdefault(tile, len(numbers)) for tile in tiles], np.int16)
+        file.write(renumbered[part.frame_tiles.numpy()])
+        part.obs_index += frames
+        part.next_obs_index += frames
+        frames += len(part.frame_tiles)
+        parts.append(replace(part, frame_tiles=part.frame_tiles[:1]))
+    if not paths or len(parts) < len(paths):
+        raise DataError(f"{folder} is not a complete set of shards of one run: {COLLECT}")
+    shape = (frames, *parts[0].frame_tiles.shape[1:])
+    frame_tiles = torch.from_numpy(np.memmap(file, np.int16, "r+", shape=shape))
+    tiles = np.frombuffer(b"".join(numbers), np.uint8).reshape(-1, *parts[0].tiles.shape[1:])
+    joined = {key: torch.cat([getattr(part, key) for part in parts]) for key in
+              ("obs_index", "next_obs_index", "actions", "rewards", "dones")}
+    return Transitions(
+        folder, hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest(),
+        metadata, torch.from_numpy(tiles.copy()), frame_tiles, **joined,
+        episode=np.concatenate([part.episode for part in parts]),
+        terminated=np.concatenate([part.terminated for part in parts]))
+
+
+def _load_file(path, fields):
+    """load_transitions of one file, as far as `fields` names it."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             with zipfile.ZipFile(file) as archive:
-                return _read(path, digest, archive)
+                return _read(path, digest, archive, fields)
     except DataError as error:
         raise DataError(f"{path} {error}: {COLLECT} to write it again") from None
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on damaged input
@@ -137,10 +184,10 @@ def load_transitions(npz_path):
         raise DataError(f"{path} cannot be read ({reason}): {COLLECT} to write it again") from error
 
 
-def _read(path, digest, archive):
-    """load_transitions without the file name in its errors."""
+def _read(path, digest, archive, fields):
+    """_load_file without the file name in its errors."""
     names = [info.filename for info in archive.infolist()]
-    opened = {k: _open(archive, k) for k in FIELDS if k in REQUIRED or f"{k}.npy" in names}
+    opened = {k: _open(archive, k) for k in fields if k in REQUIRED or f"{k}.npy" in names}
     N, H, W, _ = opened["obs"][2]
     if N < 1:
         raise DataError("holds no transitions")

@@ -46,7 +46,7 @@ from world_model_jepa import (
 NUM_TASKS = 200
 CONTROL_TASKS = 20   # the first of them, for the slow controls: CEM and the other models
 SEED = 1000          # of the tasks; must differ from the data's, whose layouts were trained on
-END_ODDS = 0.3       # states more likely than this to end the episode are not crossed
+END_ODDS = 0.5       # states more likely than this to end the episode are not crossed
 MAX_STATES = 4000    # imagined states per search; FourRooms has about 1,040
 
 HERE = Path(__file__).resolve().parent

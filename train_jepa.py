@@ -10,6 +10,7 @@ Takes 150 s on 2 cores of a shared server CPU, and 1.1 GB of memory.
 
 import ctypes
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws to files, so no display is needed
 import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -48,12 +50,15 @@ from world_model_jepa import (
 # Settings: edit and rerun
 # ---------------------------------------------------------------------------------------------
 OBJECTIVE = "jepa"          # "jepa", or "reconstruction": decode the next frame's pixels instead
-EPOCHS = 8                  # passes over the data, for encoder and dynamics together
-DYNAMICS_EPOCHS = 6         # passes that follow: the encoder rests, the dynamics alone go on
+EPOCHS = 6                  # passes over the data, for encoder and dynamics together
+DYNAMICS_EPOCHS = 8         # passes that follow: the encoder rests, the dynamics alone go on
 BATCH_SIZE = 32             # windows a batch, each from another episode
 WINDOW = 8                  # transitions a window: WINDOW + 1 frames are encoded
 DYNAMICS_BATCH_SIZE = 1024  # transitions a batch of DYNAMICS_EPOCHS
+MAP_FRAMES = 128            # of these, frames whose map is taught as well
+DYNAMICS_TRANSITIONS = 250_000  # at most so many are learnt from there, the first ones
 LEARNING_RATE = 5e-3        # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
+MAP_RATE = 4                # times LEARNING_RATE: of the dynamics' map, a linear readout
 WEIGHT_DECAY = 1e-4
 EMA_MOMENTUM = 0.99         # of the target encoder, per step
 DYNAMICS_NOISE = 0.3        # largest size of the noise in DYNAMICS_EPOCHS; latents have size 1
@@ -76,8 +81,32 @@ LOG_EVERY = 100             # batches
 
 
 # ---------------------------------------------------------------------------------------------
-# 1. The objective
+# 1. The objective, of a batch that several processes may share
 # ---------------------------------------------------------------------------------------------
+
+
+def rank():
+    """The number of this process among those that torchrun started; 0 where it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(x):
+    """This process's rows of the global batch x (N, ...); a remainder of N is left out."""
+    if not dist.is_initialized():
+        return x
+    rows = len(x) // dist.get_world_size()
+    return x[rank() * rows:(rank() + 1) * rows]
+
+
+def gather(x):
+    """(n, ...) -> the rows of all processes, in order. Gradients reach the own rows only, so each
+    process finds its own part of the gradient of the global loss, and the parts add up."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank()] = x
+    return torch.cat(parts)
 
 
 def variance_and_covariance(z):
@@ -107,8 +136,8 @@ def nearest_neighbour_entropy(x):
 
 def collapse_terms(z, moving_dim):
     """Weighted sum of the terms that keep windows of online latents (B, T+1, D) apart: a scalar."""
-    B, frames, D = z.shape
-    z = z * math.sqrt(D)
+    frames, D = z.shape[1:]
+    z = gather(z) * math.sqrt(D)
     moving, still = z.split([moving_dim, D - moving_dim], -1)
     batch = z.flatten(0, 1)
     variance, covariance = variance_and_covariance(batch - batch.mean(0))
@@ -122,31 +151,36 @@ def collapse_terms(z, moving_dim):
         + EPISODE_COVARIANCE_WEIGHT * episode_covariance
         + STILLNESS_WEIGHT * still.diff(dim=1).square().mean()
         + SLOWNESS_WEIGHT * moving.diff(dim=1).square().mean()
-        + (LAYOUT_ENTROPY_WEIGHT * nearest_neighbour_entropy(still.mean(1)) if B > 1 else 0)
+        + (LAYOUT_ENTROPY_WEIGHT * nearest_neighbour_entropy(still.mean(1)) if len(z) > 1 else 0)
     )
 
 
-def glimpse_loss(model, z, profiles, first):
-    """Teaches the dynamics where to look, and what stands there, without touching the latents.
+def pointer_loss(model, z, profiles):
+    """Teaches the dynamics where to look, without touching the latents.
 
     What moves is in the row, and in the column, whose features do most to set the frame's moving
     part apart from the average frame's. `to_row` and `to_column` learn to point there from the
-    latent alone, and `to_map` to unfold the patch features of the frame.
+    latent alone.
 
-    Args: windows of latents (B, T+1, D) and profiles (B, T+1, rows + columns, C), and the pixels
-        (B, 3, H, W) of their first frames.
+    Args: windows of latents (B, T+1, D) and profiles (B, T+1, rows + columns, C).
     """
-    dynamics, z = model.dynamics, z.detach()
     with torch.no_grad():
         weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))[:, :-1]
-        apart = torch.einsum("btnc,dnc->btnd", profiles - profiles.mean((0, 1)), weight)
-        what = model.encoder.look(first)[1].movedim(1, 3).flatten(1)    # (B, rows * columns * C)
-        places = apart.square().sum(-1).split(list(dynamics.grid), -1)  # (B, T+1, rows or columns)
-    error = (dynamics.paint(dynamics.unfold(z[:, 0])) - what).square()
-    loss = focused(error.unflatten(1, (-1, profiles.shape[-1])).mean(-1).flatten())
-    for logits, place in zip(dynamics.point(z), places):
-        loss = loss + F.cross_entropy(logits.flatten(0, 1), place.argmax(-1).flatten())
-    return loss
+        apart = profiles - gather(profiles.mean(1)).mean(0)
+        apart = torch.einsum("btnc,dnc->btnd", apart, weight).square().sum(-1)
+        places = apart.split(list(model.dynamics.grid), -1)     # (B, T+1, rows or columns) each
+    losses = [F.cross_entropy(logits.flatten(0, 1), place.argmax(-1).flatten(), reduction="none")
+              for logits, place in zip(model.dynamics.point(z.detach()), places)]
+    return gather(sum(losses)).mean()
+
+
+def map_loss(model, z, tiles, frames):
+    """Teaches the dynamics what stands where, without touching the latents: the map unfolded from
+    z (B, D) has to give the patch features of frames (B, rows, columns) of tiles (M, 3, p, p)."""
+    with torch.no_grad():
+        what = model.encoder.look(tiles)[1].flatten(1)[frames]  # (B, rows, columns, C)
+    error = model.dynamics.paint(model.dynamics.unfold(z.detach())) - what.flatten(1)
+    return focused(gather(error.unflatten(1, (-1, what.shape[-1])).square().mean(-1).flatten()))
 
 
 def focused(error):
@@ -157,6 +191,15 @@ def focused(error):
     """
     weight = (error.detach() + 1e-3) ** ERROR_FOCUS
     return (error * weight).sum() / weight.sum()
+
+
+def add_gradients(parameters):
+    """Replaces each process's part of the gradient of the global loss by the sum of all parts."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        total = torch.nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(total)
+        torch.nn.utils.vector_to_parameters(total, gradients)
 
 
 def training_loss(model, tiles, frames, actions):
@@ -171,45 +214,50 @@ def training_loss(model, tiles, frames, actions):
     z, profiles = (x.unflatten(0, (B, T + 1))
                    for x in model.encoder.from_tiles(tiles, every))
     predicted = model.predict_next(z[:, :-1], actions)                  # (B, T, D)
-    loss = glimpse_loss(model, z, profiles, join_tiles(tiles, frames[:, 0]))
+    loss = pointer_loss(model, z, profiles) + map_loss(model, z[:, 0], tiles, frames[:, 0])
     if model.objective == "reconstruction":
-        error = F.mse_loss(model.decode(predicted.flatten(0, 1)),
-                           join_tiles(tiles, frames[:, 1:].flatten(0, 1)))
+        pixels = join_tiles(tiles, frames[:, 1:].flatten(0, 1))
+        error = model.decode(predicted.flatten(0, 1)) - pixels
+        error = gather(error.square().flatten(1).mean(1)).mean()
         return loss + error, error
     target = model.encode_tiles(tiles, frames[:, 1:].flatten(0, 1), target=True)
-    error = (predicted.flatten(0, 1) - target).square().sum(-1)         # (B * T,)
-    return loss + focused(error) + collapse_terms(z, model.moving_dim), error.mean() / z.shape[-1]
+    error = gather((predicted.flatten(0, 1) - target).square().sum(-1))     # (B * T,)
+    loss = loss + focused(error) + collapse_terms(z, model.moving_dim)
+    return loss, error.mean() / z.shape[-1]
 
 
-def dynamics_loss(model, z, actions, z_next, ended):
-    """Latents (B, D) before and after actions (B,), all at rest -> loss to minimise, to print.
-    Where `ended` (B,) bool, the episode had ended in z; telling that is learnt beside.
+def dynamics_loss(model, z, start, actions, z_next, ended):
+    """Latents (B, D) before and after actions (B,), all at rest -> loss, errors and predictions.
 
-    Half of the latents are shifted by a little noise. Noise in the moving part must be taken away
-    again, so that errors die out in long rollouts; what comes in the still part must go out.
+    The dynamics see `start` (B, D): z itself, or what a rollout has made of it. Its moving part has
+    to come right again, so that errors die out; what is wrong with its still part passes through,
+    since guessing at another layout would lose this one. Where `ended` (B,) bool, the episode had
+    ended in z, and telling that is learnt beside.
+
+    Returns: the loss to minimise, errors (B,) and predictions (B, D), these without gradients.
     """
-    size = DYNAMICS_NOISE * torch.rand(len(z), 1, device=z.device) / math.sqrt(z.shape[1])
-    noise = torch.randn_like(z) * size * (torch.rand_like(size) < 0.5)
-    z = F.normalize(z + noise, dim=1)
-    predicted = model.predict_next(z, actions)
-    ends = F.binary_cross_entropy_with_logits(model.dynamics.end(z.detach()), ended.float())
-    noise[:, :model.moving_dim] = 0
-    error = (predicted - F.normalize(z_next + noise, dim=1)).square().sum(-1)
-    return focused(error) + ends, error.mean() / z.shape[1]
+    glimpse = model.dynamics.glimpse(start)
+    predicted = model.dynamics(start, actions, glimpse)
+    ends = F.binary_cross_entropy_with_logits(model.dynamics.end(glimpse), ended.float(),
+                                              reduction="none")
+    passes = (start - z) * (torch.arange(z.shape[1], device=z.device) >= model.moving_dim)
+    error = gather((predicted - F.normalize(z_next + passes, dim=1)).square().sum(-1))
+    return focused(error) + gather(ends).mean(), error.detach(), gather(predicted.detach())
 
 
 def known_transitions(model, data, episodes):
     """What the dynamics have to know: latents (M, D), and before (N,), action (N,), after (N,) into
-    them, for all transitions of `episodes`.
+    them, for the first DYNAMICS_TRANSITIONS of `episodes`.
 
     What ends an episode ends it for good: from there, every action leads to the same frame (the
     absorbing state of Sutton & Barto 2018, section 3.4), so that no plan crosses a goal. Taught
     for the latent of that frame, and for the one with its moving part and the still part from
     before: an imagined agent does not hide the goal that it stands on.
     """
-    i = torch.from_numpy(window_starts(data, 1, episodes)).to(data.actions.device)
+    i = torch.from_numpy(window_starts(data, 1, episodes)[:DYNAMICS_TRANSITIONS])
+    i = i.to(data.actions.device)
     before, action, after = data.obs_index[i], data.actions[i], data.next_obs_index[i]
-    z = all_latents(model, data)
+    z = all_latents(model, data, after.max() + 1)
     if data.terminated is None or not data.terminated.any():
         return z, before, action, after
     last = torch.from_numpy(data.terminated).to(i.device)[i]
@@ -225,10 +273,10 @@ def known_transitions(model, data, episodes):
 
 
 @torch.no_grad()
-def all_latents(model, data):
-    """(number of frames, D): the latents of every frame of `data`."""
-    tiles = to_float(data.tiles)
-    return torch.cat([model.encode_tiles(tiles, i.int()) for i in data.frame_tiles.split(512)])
+def all_latents(model, data, count=None):
+    """(count, D): the latents of the first frames of `data`, or of all."""
+    tiles, frames = to_float(data.tiles), data.frame_tiles[:count]
+    return torch.cat([model.encode_tiles(tiles, i.int()) for i in frames.split(512)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -323,11 +371,25 @@ def check_settings():
         sys.exit("error: EMA_MOMENTUM must be in [0, 1) and LEARNING_RATE above 0 in train_jepa.py")
 
 
+def say(text):
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def wait():
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def load_data(path):
     """The transitions at `path`; collects them first where the default file is missing."""
     if not path.exists():
-        print(f"{path} is missing: collecting it first", flush=True)
-        collect_minigrid_data.main()
+        say(f"{path} is missing: collecting it first")
+        wait()
+        if rank() == 0:
+            collect_minigrid_data.main()
+        wait()
     return load_transitions(path)
 
 
@@ -360,10 +422,85 @@ def previous_run(path, data):
                   else "it is finished")
     except (CheckpointError, KeyError, TypeError):
         reason = "it cannot be read"
-    aside = next(p for i in range(1, 10**6) if not (p := path.with_suffix(f".old{i}.pt")).exists())
-    path.rename(aside)
-    print(f"Starting a new run: {path.name} is kept as {aside.name} ({reason})")
+    wait()  # until all have read it
+    if rank() == 0:
+        aside = next(p for i in range(1, 10**6)
+                     if not (p := path.with_suffix(f".old{i}.pt")).exists())
+        path.rename(aside)
+        say(f"Starting a new run: {path.name} is kept as {aside.name} ({reason})")
     return None
+
+
+class JointStage:
+    """EPOCHS passes for encoder and dynamics together, over windows of frames.
+
+    `memory` is what a later epoch needs of an earlier one, beside the weights: a dict of tensors.
+    """
+
+    def __init__(self, model, data, episodes):
+        passes = max(1, len(data) // (len(set(data.episode)) * WINDOW))  # to see all transitions
+        self.windows = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
+        self.model, self.tiles, self.memory = model, to_float(data.tiles), {}
+        self.epochs, self.steps = EPOCHS, len(self.windows)
+
+    def losses(self, epoch):
+        """Yields the loss to minimise and the loss to print of each of `steps` batches."""
+        self.windows.set_epoch(epoch)
+        for batch in self.windows:
+            yield training_loss(self.model, self.tiles, share(batch["tiles"]),
+                                share(batch["actions"]))
+
+
+class DynamicsStage:
+    """DYNAMICS_EPOCHS passes for the dynamics alone, over latents that are computed once.
+
+    Half of the samples start from a dream: what the dynamics predicted for this very state when the
+    transition before it was last trained on, from a dream or not. So over the epochs they learn
+    from rollouts of any length, for the price of one step (compare DAgger, Ross et al. 2011). And
+    half of the samples are drawn in proportion to their last error (Schaul et al. 2016): a gap in a
+    wall is entered once in 300 transitions.
+    """
+
+    def __init__(self, model, data, episodes):
+        model.update_target_encoder(0)  # the encoder rests: the average is the encoder itself
+        self.model, self.tiles, self.frames = model, to_float(data.tiles), data.frame_tiles
+        self.z, self.before, self.action, self.after = known_transitions(model, data, episodes)
+        N, device = len(self.action), self.action.device
+        self.real = min(len(window_starts(data, 1, episodes)), DYNAMICS_TRANSITIONS)
+        # Row N of everything is spare. `follows`: the transition that begins where this one ends.
+        self.follows = torch.arange(1, N + 2, device=device)
+        self.follows[:N - 1][self.after[:-1] != self.before[1:]] = N
+        self.follows[self.real - 1:] = N
+        self.memory = {"dreams": F.pad(self.z[self.before], (0, 0, 0, 1)),  # (N + 1, D)
+                       "errors": torch.ones(N + 1, device=device)}
+        self.epochs, self.steps = DYNAMICS_EPOCHS, -(-N // DYNAMICS_BATCH_SIZE)
+
+    def order(self, epoch):
+        """(N,) rows of an epoch: half of them at random, half in proportion to their last error."""
+        N, generator = len(self.action), torch.Generator().manual_seed(epoch)
+        rows = torch.randperm(N, generator=generator)[:N // 2]
+        errors = self.memory["errors"][:N].cpu()
+        hard = torch.multinomial(errors, N - N // 2, replacement=True, generator=generator)
+        rows = torch.cat([rows, hard])[torch.randperm(N, generator=generator)]
+        return rows.to(self.action.device)
+
+    def losses(self, epoch):
+        """As in JointStage."""
+        N, dreams, errors = len(self.action), self.memory["dreams"], self.memory["errors"]
+        for i in self.order(epoch).split(DYNAMICS_BATCH_SIZE):
+            z, D = self.z[self.before[i]], self.z.shape[1]
+            size = DYNAMICS_NOISE * torch.rand(len(z), 1, device=z.device) / math.sqrt(D)
+            dream = F.normalize(dreams[i] + torch.randn_like(z) * size, dim=1)
+            start = torch.where(torch.rand_like(size) < 0.5, dream, z)
+            loss, error, predicted = dynamics_loss(self.model, *map(share, (
+                z, start, self.action[i], self.z[self.after[i]], i >= self.real)))
+            seen, order = i[:len(error)].sort(stable=True)
+            last = seen.diff(append=seen.new_full((1,), N + 1)) > 0     # of the same transition
+            seen = torch.where(last, seen, N)
+            errors[seen], dreams[self.follows[seen]] = error[order], predicted[order]
+            shown = share(self.before[i[:MAP_FRAMES] % self.real])
+            yield loss + map_loss(self.model, self.z[shown], self.tiles,
+                                  self.frames[shown].int()), error.mean() / D
 
 
 def train(data, path, device):
@@ -372,67 +509,47 @@ def train(data, path, device):
     old = previous_run(path, data)
     data = data.to(device)
     train_episodes, held_out = split_by_episode(data, VALIDATION_FRACTION, SEED)
-    passes = max(1, len(data) // (len(set(data.episode)) * WINDOW))  # an epoch sees all transitions
-    windows = WindowBatches(data, train_episodes, WINDOW, BATCH_SIZE, SEED, passes)
-    model, tiles = new_model(data).to(device), to_float(data.tiles)
+    model = new_model(data).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    known = None                                                        # when the encoder rests
+    dynamics = model.dynamics
+    linear = [*dynamics.to_map.parameters(), *dynamics.to_patch.parameters(),
+              dynamics.end_weight, dynamics.end_bias]
+    others = [p for p in parameters if not any(p is q for q in linear)]
 
-    def steps(epoch):
-        return len(windows) if epoch <= EPOCHS else -(-len(known[1]) // DYNAMICS_BATCH_SIZE)
-
-    def losses(epoch):
-        """Yields the loss to minimise and the loss to print of every step of an epoch."""
-        if epoch <= EPOCHS:
-            windows.set_epoch(epoch)
-            for batch in windows:
-                yield training_loss(model, tiles, batch["tiles"], batch["actions"])
-            return
-        z, before, action, after = known
-        first_end = len(window_starts(data, 1, train_episodes))
-        order = torch.randperm(len(action), generator=torch.Generator().manual_seed(epoch))
-        for i in order.to(device).split(DYNAMICS_BATCH_SIZE):
-            yield dynamics_loss(model, z[before[i]], action[i], z[after[i]], i >= first_end)
-
-    def rest():
-        model.update_target_encoder(0)  # from now on, the average is the encoder itself
-        return known_transitions(model, data, train_episodes)
-
-    def new_optimizer(epoch):
-        """Optimizer and schedule of the stage that `epoch` belongs to, at its beginning."""
-        optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY,
-                                      fused=True)
-        epochs = EPOCHS if epoch <= EPOCHS else DYNAMICS_EPOCHS
-        return optimizer, torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, LEARNING_RATE, total_steps=epochs * steps(epoch), pct_start=0.1)
+    def begin(epoch):
+        """The stage that `epoch` belongs to, its optimizer and its schedule, at its beginning."""
+        stage = (JointStage if epoch <= EPOCHS else DynamicsStage)(model, data, train_episodes)
+        optimizer = torch.optim.AdamW([{"params": others}, {"params": linear}], LEARNING_RATE,
+                                      weight_decay=WEIGHT_DECAY, fused=True)
+        return stage, optimizer, torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, [LEARNING_RATE, MAP_RATE * LEARNING_RATE],
+            total_steps=stage.epochs * stage.steps, pct_start=0.1)
 
     done, step, history, best = 0, 0, [], None
     if old:
         done, step, history, best = old["epoch"], old["step"], old["history"], old["model"]
         model.load_state_dict(old["last_model"])
-        known = rest() if done > EPOCHS else None
-        optimizer, schedule = new_optimizer(done)
+        stage, optimizer, schedule = begin(done)
+        stage.memory = {k: v.to(device) for k, v in old["memory"].items()}
         optimizer.load_state_dict(old["optimizer"])
         schedule.load_state_dict(old["schedule"])
         torch.set_rng_state(old["rng_state"])
-        print(f"Going on from epoch {done} of {EPOCHS + DYNAMICS_EPOCHS} in {path.name}")
+        say(f"Going on from epoch {done} of {EPOCHS + DYNAMICS_EPOCHS} in {path.name}")
 
     for epoch in range(done + 1, EPOCHS + DYNAMICS_EPOCHS + 1):
         began, total = time.perf_counter(), torch.zeros((), device=device)
-        if epoch > EPOCHS and known is None:
-            known = rest()
         if epoch in (1, EPOCHS + 1):
-            optimizer, schedule = new_optimizer(epoch)
+            stage, optimizer, schedule = begin(epoch)
         model.train()
-        progress = tqdm(losses(epoch), f"Epoch {epoch:02d}", steps(epoch), leave=False,
-                        mininterval=1)
+        progress = tqdm(stage.losses(epoch), f"Epoch {epoch:02d}", stage.steps, leave=False,
+                        mininterval=1, disable=rank() > 0)
         for number, (loss, printed) in enumerate(progress, 1):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            add_gradients(parameters)
             optimizer.step()
             schedule.step()
-            if epoch <= EPOCHS:
-                model.update_target_encoder(EMA_MOMENTUM)
+            model.update_target_encoder(EMA_MOMENTUM)
             total += printed.detach()
             step += 1
             # Reading the sum waits for the device: on accelerators only as often as it is printed.
@@ -443,27 +560,29 @@ def train(data, path, device):
                         f"the loss is not finite at step {step}: lower LEARNING_RATE in "
                         f"train_jepa.py ({path.name}, if there, is of the last good epoch)")
                 if number % LOG_EVERY == 0:
-                    tqdm.write(f"Epoch {epoch:02d} | Batch {number:04d} | Step {step:05d} | "
-                               f"Avg Loss {average:.4f}")
+                    say(f"Epoch {epoch:02d} | Batch {number:04d} | Step {step:05d} | "
+                        f"Avg Loss {average:.4f}")
         model.eval()
         row = {"loss": (total / number).item(), **validate(model, data, held_out, device)}
         row["seconds"] = time.perf_counter() - began
-        tqdm.write(f"Epoch {epoch:02d} finished | Mean Loss {row['loss']:.4f} | "
-                   f"Val cos {row['cos']:.2f} | z_std {row['z_std']:.2f} | "
-                   f"rank {row['rank']:.0f}/{LATENT_DIM} | "
-                   f"hit@1 {row['hit@1']:.2f} (copy {row['copy']:.2f}) | {row['seconds']:.1f} s")
+        say(f"Epoch {epoch:02d} finished | Mean Loss {row['loss']:.4f} | "
+            f"Val cos {row['cos']:.2f} | z_std {row['z_std']:.2f} | "
+            f"rank {row['rank']:.0f}/{LATENT_DIM} | "
+            f"hit@1 {row['hit@1']:.2f} (copy {row['copy']:.2f}) | {row['seconds']:.1f} s")
         if all(round(row["hit@1"], 2) >= round(h["hit@1"], 2) for h in history):
             best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         history.append(row)
-        save_checkpoint(
-            path, model, best,
-            last_model=model.state_dict(), optimizer=optimizer.state_dict(),
-            schedule=schedule.state_dict(), rng_state=torch.get_rng_state(), epoch=epoch, step=step,
-            history=history, settings=settings(), data={
-                "path": data.path.name, "digest": data.digest, "metadata": data.metadata},
-        )
+        if rank() == 0:
+            save_checkpoint(
+                path, model, best,
+                last_model=model.state_dict(), optimizer=optimizer.state_dict(),
+                schedule=schedule.state_dict(), rng_state=torch.get_rng_state(), epoch=epoch,
+                memory=stage.memory if epoch < EPOCHS + DYNAMICS_EPOCHS else {}, step=step,
+                history=history, settings=settings(), data={
+                    "path": data.path.name, "digest": data.digest, "metadata": data.metadata},
+            )
+    if rank() == 0:
         plot_history(HERE / "loss.png", history)
-    return model
 
 
 def keep_memory():
@@ -476,20 +595,43 @@ def keep_memory():
         pass  # another C library
 
 
+def join_processes():
+    """Where torchrun started this process: joins the others, and takes its own GPU if it has one.
+    Exits with one sentence where the batches cannot be divided among so many."""
+    if not dist.is_torchelastic_launched():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    for name in ("BATCH_SIZE", "DYNAMICS_BATCH_SIZE"):
+        if globals()[name] % dist.get_world_size():
+            sys.exit(f"error: {name} is {globals()[name]}, which {dist.get_world_size()} processes "
+                     "cannot share: change it in train_jepa.py, or their number")
+
+
 def main():
     keep_memory()
     check_settings()
-    device = pick_device()
-    print(f"Using device: {device}")
     path = HERE / f"{OBJECTIVE}_world_model.pt"
     try:
+        join_processes()
+        device = pick_device()
+        say(f"Using device: {device}" + (
+            f", {dist.get_world_size()} processes" if dist.is_initialized() else ""))
         train(load_data(collect_minigrid_data.data_path()), path, device)
     except (DataError, CheckpointError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if rank() == 0 else 1)
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        sys.exit(f"error: process {rank()} lost the others ({str(error).splitlines()[0]}): run the "
+                 "same command again to go on from the last finished epoch")
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. {path.name} holds the last finished epoch: run python3 train_jepa.py "
-                 "to go on")
-    print(f"Saved {path.name} and loss.png: now run python3 inspect_jepa_model.py")
+                 "to go on" if rank() == 0 else 1)
+    say(f"Saved {path.name} and loss.png: now run python3 inspect_jepa_model.py")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

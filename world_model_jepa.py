@@ -12,7 +12,7 @@ This module reads and writes nothing but checkpoints. `train_jepa.py` trains the
 import copy
 import math
 import os
-import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -31,6 +31,22 @@ def normalise(x):
     """Layer norm over the channels of (B, C, rows, columns), without parameters."""
     x = x - x.mean(1, keepdim=True)
     return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)
+
+
+def maxima(features, lines):
+    """Features of tiles (M, C), lines (B, n, length) of tiles -> (B, n, C): each line's maxima.
+
+    Few lines of a batch differ, so on the CPU each kind of line is looked at once. Lines are told
+    apart by the sums of random 64-bit numbers of their tiles. (Accelerators would have to wait for
+    the number of kinds, and are quick enough without.)
+    """
+    if lines.device.type != "cpu":
+        return F.embedding(lines, features).max(2).values
+    number = torch.randint(2**62, (len(features),), generator=torch.Generator().manual_seed(0))
+    kinds, kind = number[lines].sum(-1).unique(return_inverse=True)     # (K,), (B, n)
+    example = torch.empty_like(kinds).scatter_(0, kind.flatten(), torch.arange(kind.numel()))
+    lines = lines.flatten(0, 1)[example]                                # (K, length)
+    return F.embedding(kind, F.embedding(lines, features).max(1).values)
 
 
 class ConvEncoder(nn.Module):
@@ -103,7 +119,7 @@ class ConvEncoder(nn.Module):
             tiles = tiles[index.flatten()]
             index = torch.arange(index.numel(), device=index.device).view_as(index)
         where, what = (x.flatten(1) for x in self.look(tiles))          # (M, C) each
-        profiles = self.profiles(F.embedding(index, where))
+        profiles = torch.cat([maxima(where, index), maxima(where, index.mT)], 1)
         weight = self.still.weight.unflatten(1, (-1, what.shape[1]))    # (D, patches, C)
         adds = what @ weight.permute(1, 2, 0)                           # (patches, M, D)
         place = torch.arange(len(adds), device=index.device) * len(tiles)
@@ -156,7 +172,7 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, latent_dim),
         )
-        self.end_weight = nn.Parameter(torch.zeros(9 * kinds))
+        self.end_weight = nn.Parameter(torch.zeros(channels))
         self.end_bias = nn.Parameter(torch.zeros(()))
         # Start close to "nothing changes": true of most dims in most transitions.
         with torch.no_grad():
@@ -186,16 +202,19 @@ class LatentDynamics(nn.Module):
         near = (row @ maps).unflatten(-1, (-1, self.kinds))     # (..., 3, columns, kinds)
         return (column.unsqueeze(-3) @ near).flatten(-3)                # (..., 3 * 3 * kinds)
 
-    def end(self, z):
-        """(..., latent_dim) -> (...): logit of "the episode ends here".
+    def end(self, glimpse):
+        """(..., 9 * kinds) -> (...): logit of "the episode ends here", from the features of the
+        patch in the middle, which are the same for a goal anywhere.
 
         Reads the glimpse without training it: the few ends would bend the pointers.
         """
-        return self.glimpse(z).detach() @ self.end_weight + self.end_bias
+        here = self.to_patch(glimpse.unflatten(-1, (9, -1))[..., 4, :]).detach()
+        return here @ self.end_weight + self.end_bias
 
-    def forward(self, z, action):
+    def forward(self, z, action, glimpse=None):
         moving, still = (z * self.scale).split(self.split, -1)
-        seen = [moving, self.to_context(still), self.action_embedding(action), self.glimpse(z)]
+        glimpse = self.glimpse(z) if glimpse is None else glimpse
+        seen = [moving, self.to_context(still), self.action_embedding(action), glimpse]
         shape = torch.broadcast_shapes(z.shape[:-1], action.shape)
         change = self.mlp(torch.cat([x.expand(*shape, -1) for x in seen], -1))
         return F.normalize(z * self.scale + change, dim=-1)
@@ -262,7 +281,7 @@ class JEPAWorldModel(nn.Module):
 
     def predict_end(self, z):
         """(B, latent_dim) -> (B,) in [0, 1]: does the episode end in this state, as on a goal?"""
-        return self.dynamics.end(z).sigmoid()
+        return self.dynamics.end(self.dynamics.glimpse(z)).sigmoid()
 
     def rollout(self, obs, actions):
         """(B, 3, H, W), (B, T) -> (B, T, latent_dim): no frame after the first is seen."""
@@ -384,21 +403,19 @@ def write_atomically(path, write):
     A failed or interrupted write leaves the old file as it was and no temporary file behind.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(path.suffix, f".{path.stem}.", path.parent)
-    os.close(handle)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # a killed run's is overwritten
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, model, weights, **rest):
-    """Writes a plain dict: what rebuilds the model, its `weights`, and `rest`."""
+    """Writes a plain dict: what rebuilds the model, its `weights`, and `rest`, which has to hold
+    epoch, step, history, settings and data."""
     contents = {"format": CHECKPOINT_FORMAT, "objective": model.objective,
                 "arguments": model.arguments, "model": weights, **rest}
     write_atomically(path, lambda temporary: torch.save(contents, temporary))
@@ -408,13 +425,17 @@ def read_checkpoint(path):
     """Path -> the checkpoint's dict, tensors on the CPU; runs no code that the file contains.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or of another format.
+        CheckpointError: the file is missing, damaged, unreadable, or of another format.
     """
     path = Path(path)
     again = "run python3 train_jepa.py"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {again}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself skips the checksums
+            members = archive.infolist()
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or archive.testzip():
+                raise ValueError("not what torch.save writes")
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch names no common base for what a hostile file can raise
         raise CheckpointError(
@@ -423,14 +444,22 @@ def read_checkpoint(path):
         found = contents.get("format") if isinstance(contents, dict) else None
         raise CheckpointError(f"{path} has checkpoint format {found}, this version reads format "
                               f"{CHECKPOINT_FORMAT}: move it away and {again}")
+    for name, kind in {"objective": str, "arguments": dict, "model": dict, "epoch": int,
+                       "history": list, "settings": dict, "data": dict}.items():
+        if not isinstance(contents.get(name), kind):
+            raise CheckpointError(f"{path} has no {name}: move it away and {again}")
     return contents
 
 
 def build_model(contents, path):
     """The dict of a checkpoint -> the model it describes, eval mode, on the CPU."""
     try:
-        model = MODELS[contents["objective"]](**contents["arguments"])
-        model.load_state_dict(contents["model"])
+        with torch.device("meta"):  # takes no memory before the weights are known to fit
+            model = MODELS[contents["objective"]](**contents["arguments"])
+        weights = contents["model"]
+        if not all(w.is_contiguous() and w.isfinite().all() for w in weights.values()):
+            raise ValueError("weights that are not numbers")
+        model.load_state_dict(weights, assign=True)
     except Exception as error:
         raise CheckpointError(f"{path} does not describe a model of this version: move it away and "
                               "run python3 train_jepa.py") from error

@@ -7,9 +7,10 @@ some 5 minutes on 2 cores, writes only to a temporary folder.
 """
 
 import contextlib
+import functools
 import io
+import multiprocessing
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -26,14 +27,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import collect_minigrid_data  # noqa: E402
 import minigrid_dataset  # noqa: E402
+import train_jepa  # noqa: E402
 
 ROUNDS = 5
+SCALES = (10_000, 100_000)  # transitions; 1_000_000 takes some 8 minutes more
 STEPPED = {  # stock steps a round
     "MiniGrid-Empty-8x8-v0": 600, "MiniGrid-FourRooms-v0": 300, "MiniGrid-DoorKey-8x8-v0": 600,
     "MiniGrid-Dynamic-Obstacles-8x8-v0": 600, "BabyAI-GoToLocal-v0": 600,
@@ -47,9 +51,13 @@ TUTORIAL = {"env_id": "MiniGrid-Empty-8x8-v0", "episodes": 200, "steps": 100, "e
 # ---------------------------------------------------------------------------------------------
 
 
+def plain_env(env_id, tile_size=8):
+    return ImgObsWrapper(RGBImgObsWrapper(gym.make(env_id), tile_size=tile_size))
+
+
 def plain_collect(env_id, episodes, max_steps, tile_size=8, path=None):
     """The stock wrapper loop with uniformly random actions -> the five arrays, saved at `path`."""
-    env = ImgObsWrapper(RGBImgObsWrapper(gym.make(env_id), tile_size=tile_size))
+    env = plain_env(env_id, tile_size)
     rows = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=episode)
@@ -100,11 +108,14 @@ class PlainJEPA(nn.Module):
             nn.Conv2d(3, 32, 4, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.ReLU(),
             nn.Conv2d(64, 128, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 64, 128))
 
-    def step(self, batch, optimizer):
+    def forward(self, batch):
         z = self.dynamics(torch.cat([self.encoder(batch["obs"]), self.action(batch["action"])], 1))
         with torch.no_grad():
             target = self.target(batch["next_obs"])
-        loss = F.mse_loss(F.normalize(z, dim=1), F.normalize(target, dim=1))
+        return F.mse_loss(F.normalize(z, dim=1), F.normalize(target, dim=1))
+
+    def step(self, batch, optimizer):
+        loss = self(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -151,28 +162,166 @@ def bench_stepping():
         report(f"step and render {env_id}", plain, ours, "us/transition")
 
 
-def peak_memory(folder, script):
-    """(seconds, MB of the largest process) of `python3 script` in `folder`, its output logged."""
+def bench_vector_env(env_id="MiniGrid-FourRooms-v0", steps=150):
+    """The same, against gymnasium's own way to use both cores."""
+    wrap = functools.partial(plain_env, env_id)
+    env = gym.vector.AsyncVectorEnv([wrap, wrap])
+    env.reset(seed=0)
+
+    def step():
+        for _ in range(steps):
+            env.step(env.action_space.sample())
+
+    plain, ours = [], []
+    for round_ in range(ROUNDS):
+        plain.append(seconds(step) / (2 * steps) * 1e6)
+        began = time.perf_counter()
+        block = collect_minigrid_data.collect_episodes(
+            env_id, range(round_ * 100, round_ * 100 + 100), 20, 8, 1)
+        ours.append((time.perf_counter() - began) / len(block["actions"]) * 1e6)
+    env.close()
+    report(f"{env_id}, two AsyncVectorEnvs", plain, ours, "us/transition")
+
+
+def run(folder, *command):
+    """(seconds, MB of the largest process) of `python3 command` in `folder`."""
     began = time.perf_counter()
-    with open(folder / f"{script}.log", "w") as log:
-        process = subprocess.Popen([sys.executable, folder / script], stdout=log,
-                                   stderr=subprocess.DEVNULL)
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, cwd=folder)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{script} failed")
+        sys.exit(f"{command} failed: {(folder / 'log').read_text()}")
     return time.perf_counter() - began, usage.ru_maxrss / 1024
 
 
-def bench_whole_runs(folder):
-    """The default run against the tutorial's, as a newcomer waits for them."""
+def edit(folder, script, **constants):
+    """Copies all scripts to `folder`, and sets constants in one of them."""
     for source in REPO.glob("*.py"):
         shutil.copy(source, folder)
+    lines = (folder / script).read_text().splitlines()
+    for name, value in constants.items():
+        lines = [f"{name} = {value!r}" if x.startswith(f"{name} = ") else x for x in lines]
+    (folder / script).write_text("\n".join(lines) + "\n")
+
+
+def bench_collecting(folder):
+    """Whole processes, imports and saving included."""
+    t = TUTORIAL
+    code = (f"import sys; sys.path.insert(0, {str(REPO)!r}); import tests.benchmark_speed as b; "
+            f"b.plain_collect({t['env_id']!r}, {t['episodes']}, {t['steps']}, path='plain.npz')")
+    edit(folder, "collect_minigrid_data.py", ENV_ID=t["env_id"], NUM_EPISODES=t["episodes"],
+         MAX_STEPS_PER_EPISODE=t["steps"], TILE_SIZE=8)
+    plain, ours = zip(*[(run(folder, "-c", code), run(folder, "collect_minigrid_data.py"))
+                        for _ in range(3)])
+    report("collect_minigrid_data.py, Empty-8x8", *([s for s, _ in x] for x in (plain, ours)), "s")
+    report("    its peak memory", *([m for _, m in x] for x in (plain, ours)), "MB")
+    times = {1: [], 2: []}
+    for _ in range(3):
+        for workers in times:
+            edit(folder, "collect_minigrid_data.py", NUM_WORKERS=workers)
+            times[workers].append(run(folder, "collect_minigrid_data.py")[0])
+    report("default collecting, 1 worker against 2", times[1], times[2], "s")
+
+
+def bench_feeding(folder):
+    """256 transitions at a time: as dicts of pixels, and as the maps that train_jepa.py takes."""
+    arrays = dict(np.load(folder / "plain.npz"))
+    data = minigrid_dataset.load_transitions(folder / "plain.npz")
+    windows = minigrid_dataset.WindowBatches(data, np.unique(data.episode), 8, 32, 0, 10)
+    ours = DataLoader(minigrid_dataset.MiniGridTransitionDataset(folder / "plain.npz"), 256,
+                      shuffle=True, collate_fn=minigrid_dataset._take_whole)
+    loaders = [DataLoader(PlainDataset(arrays), 256, shuffle=True), ours, windows]
+    plain, pixels, maps = zip(*[[
+        seconds(lambda: [None for _, _ in zip(range(10), loader)]) / 10 * 1e3
+        for loader in loaders] for _ in range(ROUNDS)])
+    report("256 transitions as pixels", plain, pixels, "ms")
+    report("256 transitions as training takes them", plain, maps, "ms")
+
+
+def serve(pipe, fast):
+    """In a process of its own: trains the tutorial's network as often as it is asked to."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    model, momentum = PlainJEPA(), 0.99
+    online = [*model.encoder.parameters(), *model.action.parameters(),
+              *model.dynamics.parameters()]
+    batches = [{"obs": torch.rand(64, 3, 64, 64), "next_obs": torch.rand(64, 3, 64, 64),
+                "action": torch.randint(7, (64,))} for _ in range(4)]
+    optimizer = torch.optim.Adam(online, 1e-3, fused=fast)
+    if fast:
+        train_jepa.keep_memory()
+        model = model.to(memory_format=torch.channels_last)
+
+    def step(batch):
+        if not fast:
+            return model.step(batch, optimizer)
+        loss = model({k: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v
+                      for k, v in batch.items()})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(model.target.parameters()), list(model.encoder.parameters()),
+                                 1 - momentum)
+
+    while count := pipe.recv():
+        pipe.send(seconds(lambda: [step(batches[i % 4]) for i in range(count)]) / count * 1e3)
+    pipe.send({k: v.contiguous().numpy() for k, v in model.state_dict().items()})
+
+
+def bench_tutorial_step():
+    """The tutorial's network: a step as written there, and with nothing but faster calls."""
+    context, pipes = multiprocessing.get_context("spawn"), []
+    for fast in (False, True):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, fast), daemon=True).start()
+        pipes.append(ours)
+
+    def ask(pipe, count):
+        pipe.send(count)
+        return pipe.recv()
+
+    [ask(pipe, 3) for pipe in pipes]
+    rounds = [[ask(pipe, 8) for pipe in pipes] for _ in range(ROUNDS)]
+    report("the tutorial's network, a step of 64", *zip(*rounds), "ms")
+    weights = [ask(pipe, 0) for pipe in pipes]
+    apart = max(np.abs(weights[0][k] - weights[1][k]).max() for k in weights[0])
+    print(f"    after {3 + 8 * ROUNDS} steps their weights differ by at most {apart:.1g}")
+
+
+def bench_floor(folder):
+    """One step of JointStage against its multiplications at the rate of a large matrix product."""
+    data = minigrid_dataset.load_transitions(
+        folder / "data" / collect_minigrid_data.data_path().name)
+    torch.manual_seed(0)
+    model = train_jepa.new_model(data)
+    stage = train_jepa.JointStage(model, data, np.unique(data.episode))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    losses = stage.losses(1)
+
+    def step():
+        optimizer.zero_grad()
+        next(losses)[0].backward()
+        optimizer.step()
+        model.update_target_encoder()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    a, b = torch.rand(2, 1024, 1024)
+    [(step(), a @ b) for _ in range(5)]
+    pairs = [(seconds(lambda: [step() for _ in range(10)]) / 10,
+              counter.get_total_flops() * seconds(lambda: [a @ b for _ in range(10)])
+              / 10 / (2 * 1024**3)) for _ in range(ROUNDS)]
+    each = train_jepa.BATCH_SIZE * train_jepa.WINDOW / 1e6
+    report("a step, against its multiplications", *([x / each for x in y] for y in zip(*pairs)),
+           "us/transition")
+
+
+def bench_whole_run(folder):
+    """The default run against the tutorial's, as a newcomer waits for them."""
     arrays = {}
     plain_collecting = seconds(lambda: arrays.update(plain_collect(
         TUTORIAL["env_id"], TUTORIAL["episodes"], TUTORIAL["steps"], path=folder / "plain.npz")))
-    plain_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    collecting, collecting_mb = peak_memory(folder, "collect_minigrid_data.py")
-
     loader = iter(DataLoader(PlainDataset(arrays), TUTORIAL["batch"], shuffle=True))
     model = PlainJEPA()
     optimizer = torch.optim.Adam([*model.encoder.parameters(), *model.action.parameters(),
@@ -180,31 +329,50 @@ def bench_whole_runs(folder):
     steps = TUTORIAL["epochs"] * len(loader)
     [model.step(next(loader), optimizer) for _ in range(5)]
     per_step = [seconds(lambda: model.step(next(loader), optimizer)) for _ in range(60)]
-    training, training_mb = peak_memory(folder, "train_jepa.py")
+    edit(folder, "train_jepa.py")
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    ours, megabytes = run(folder, "train_jepa.py")  # collects first
     per_step += [seconds(lambda: model.step(next(loader), optimizer)) for _ in range(60)]
     plain_training = statistics.mean(per_step) * steps  # measured before and after ours
-    report("collect, whole run", [plain_collecting], [collecting], "s")
-    report("train, whole run", [plain_training], [training], "s")
-    report("collect + train", [plain_collecting + plain_training], [collecting + training], "s")
-    print(f"peak memory: collect {collecting_mb:.0f} MB, train {training_mb:.0f} MB (the plain "
-          f"collecting loop {plain_mb:.0f} MB)")
-    return arrays
+    report("collect + train", [plain_collecting + plain_training], [ours], "s")
+    print(f"    peak memory of ours {megabytes:.0f} MB")
 
 
-def bench_feeding(folder, arrays):
-    dataset = minigrid_dataset.MiniGridTransitionDataset(folder / "plain.npz")
-    loaders = [DataLoader(d, 256, shuffle=True) for d in (PlainDataset(arrays), dataset)]
-    pairs = [[seconds(lambda: [None for _, _ in zip(range(10), loader)]) / 10 * 1e3
-              for loader in loaders] for _ in range(ROUNDS)]
-    report("batch of 256 to the model", *zip(*pairs), "ms")
+def bench_scale(folder):
+    """Time and memory as the data grow: collect, load, and one pass of training."""
+    code = ("import time, sys, resource, collect_minigrid_data as c, minigrid_dataset as d\n"
+            "import torch, numpy as np, train_jepa as t\nt.keep_memory()\nbegan = time.time()\n"
+            "data = d.load_transitions(c.data_path())\nloaded = time.time()\n"
+            "model = t.new_model(data)\n"
+            "stage = t.JointStage(model, data, np.unique(data.episode))\n"
+            "optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)\n"
+            "for loss, _ in stage.losses(1):\n"
+            "    optimizer.zero_grad(); loss.backward(); optimizer.step()\n"
+            "print(len(data), loaded - began, time.time() - loaded,"
+            " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+    print(f"\n{'transitions':>12} {'pixels':>10} {'collect s':>10} {'MB':>6} {'load s':>8} "
+          f"{'a pass s':>9} {'MB':>6}")
+    for scale, tile in [*((n, 4) for n in SCALES), (SCALES[0], 8), (SCALES[0], 16)]:
+        edit(folder, "collect_minigrid_data.py", NUM_EPISODES=scale // 20, TILE_SIZE=tile)
+        collecting, collect_mb = run(folder, "collect_minigrid_data.py")
+        run(folder, "-c", code)
+        count, load, train, mb = map(float, (folder / "log").read_text().split()[-4:])
+        print(f"{count:12.0f} {f'{19 * tile} x {19 * tile}':>10} {collecting:10.1f} "
+              f"{collect_mb:6.0f} {load:8.1f} {train:9.1f} {mb:6.0f}", flush=True)
 
 
 def main():
     print(f"{'stage':42} {'plain':>10} {'ours':>10} {'':14} {'ratio':>8}  (range)")
     bench_stepping()
-    with tempfile.TemporaryDirectory() as folder:
-        arrays = bench_whole_runs(Path(folder))
-        bench_feeding(Path(folder), arrays)
+    bench_vector_env()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bench_collecting(folder)
+        bench_feeding(folder)
+        bench_tutorial_step()
+        bench_floor(folder)
+        bench_whole_run(folder)
+        bench_scale(folder)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ sys.path.insert(0, str(REPO))
 import collect_minigrid_data  # noqa: E402
 import train_jepa  # noqa: E402
 
+REST = {"epoch": 1, "history": [], "settings": {}, "data": {}}  # what a checkpoint has to hold
+
 torch.set_num_threads(1)  # two oversubscribe a busy machine and are no faster on small worlds
 
 

@@ -10,6 +10,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -222,6 +223,28 @@ def test_bytes_depend_on_the_seed_only(small):
     assert small(SEED=1).read_bytes() != alone
 
 
+def test_shards_hold_what_one_file_holds(small, monkeypatch, capsys):
+    whole = dict(np.load(small()))
+    folder = small(SHARD_TRANSITIONS=17)  # two episodes of 8 steps in each
+    assert folder.is_dir() and folder == collect.data_path()
+    paths = sorted(folder.iterdir())
+    assert [p.name for p in paths] == ["shard_00000.npz", "shard_00001.npz", "shard_00002.npz"]
+    parts = [dict(np.load(path)) for path in paths]
+    for key in whole.keys() - {"metadata"}:
+        assert np.array_equal(np.concatenate([part[key] for part in parts]), whole[key])
+    contents = [path.read_bytes() for path in paths]
+
+    paths[1].unlink()
+    monkeypatch.setattr(collect, "step_episodes", Mock(wraps=collect.step_episodes))
+    small()
+    assert collect.step_episodes.call_count == 1  # the others are kept
+    assert "2 of 3 files already" in capsys.readouterr().out
+    assert [path.read_bytes() for path in paths] == contents
+    small(NUM_EPISODES=3)  # other settings: nothing is kept
+    assert collect.step_episodes.call_count == 3
+    assert sorted(folder.iterdir()) == paths[:2] and paths[0].read_bytes() != contents[0]
+
+
 def test_joined_checksums():
     rng = np.random.default_rng(0)
     for sizes in ((0, 5), (5, 0), (1, 1), (1000, 70001), (3, 2**20)):
@@ -330,5 +353,5 @@ def test_ctrl_c_leaves_no_litter(tmp_path):
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 1 and "interrupted: nothing was written" in errors
+    assert process.returncode == 1 and "interrupted: no file was left half-written" in errors
     assert "Traceback" not in errors and os.listdir(tmp_path / "data") == []

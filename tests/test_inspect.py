@@ -11,7 +11,7 @@ import torch
 import collect_minigrid_data
 import inspect_jepa_model as inspection
 import train_jepa
-from tests.conftest import REPO
+from tests.conftest import REPO, REST
 from world_model_jepa import MODELS, CheckpointError, read_checkpoint, save_checkpoint
 
 SMALL = {"EVAL_EPISODES": 40, "EVAL_STEPS": 20, "HORIZON": 10, "PROBE_LAYOUTS": 100,
@@ -24,7 +24,7 @@ def write_checkpoint(objective="jepa"):
     arguments = {"num_actions": 7, "patch_size": data.tiles.shape[-1], "image_size": (20, 20)}
     save_checkpoint(
         inspection.checkpoint_path(objective), model := MODELS[objective](**arguments),
-        model.state_dict(), epoch=1, settings=train_jepa.settings(),
+        model.state_dict(), epoch=1, history=[], settings=train_jepa.settings(),
         data={"path": data.path.name, "digest": data.digest, "metadata": data.metadata})
 
 
@@ -212,7 +212,7 @@ def test_checkpoint_that_does_not_fit(small, change, says):
     path = small / "jepa_world_model.pt"
     old = read_checkpoint(path)
     model = type(inspection.build_model(old, path))(**{**old["arguments"], **change})
-    save_checkpoint(path, model, model.state_dict(), data=old["data"], epoch=1)
+    save_checkpoint(path, model, model.state_dict(), **{**REST, "data": old["data"]})
     with pytest.raises(SystemExit) as stop:
         inspection.main()
     message = str(stop.value)

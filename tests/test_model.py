@@ -2,12 +2,16 @@
 
 import copy
 import math
+import os
 import pickle
+import random
+import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.conftest import REST
 from world_model_jepa import (
     CheckpointError,
     JEPAWorldModel,
@@ -129,12 +133,12 @@ def test_hits_at_1_counts_ties_as_misses():
 
 def test_checkpoint_round_trip(model, tmp_path):
     path = tmp_path / "model.pt"
-    save_checkpoint(path, model, model.state_dict(), epoch=3)
+    save_checkpoint(path, model, model.state_dict(), **REST)
     loaded = load_checkpoint(path)
     _, _, obs = images(3)
     assert type(loaded) is type(model) and not loaded.training
     assert torch.equal(loaded.encode(obs), model.encode(obs))
-    assert torch.load(path, weights_only=True)["epoch"] == 3
+    assert torch.load(path, weights_only=True)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -147,7 +151,7 @@ def test_bad_checkpoints_are_one_sentence(tmp_path):
     path = tmp_path / "model.pt"
     good = tmp_path / "good.pt"
     model = JEPAWorldModel()
-    save_checkpoint(good, model, model.state_dict())
+    save_checkpoint(good, model, model.state_dict(), **REST)
     contents = torch.load(good, weights_only=True)
     cases = {
         "truncated": good.read_bytes()[:-5000],
@@ -155,10 +159,20 @@ def test_bad_checkpoints_are_one_sentence(tmp_path):
         "empty": b"",
         "bomb": pickle.dumps(Bomb()),
     }
+    huge = {**contents["arguments"], "latent_dim": 10**7, "hidden_dim": 10**7}  # would need 400 TB
+    nan = {**contents["model"], "dynamics.end_bias": torch.tensor(math.nan)}
     for broken in ({**contents, "format": 99}, {**contents, "objective": "nothing"}, [1, 2],
-                   {**contents, "arguments": {"latent_dim": -1}}, {**contents, "model": {}}):
+                   {**contents, "arguments": {"latent_dim": -1}}, {**contents, "model": {}},
+                   {**contents, "arguments": huge}, {**contents, "model": nan},
+                   {**contents, "data": None}, {**contents, "epoch": "3"}):
         torch.save(broken, path)
         cases[str(len(cases))] = path.read_bytes()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # a bomb of another kind
+        with zipfile.ZipFile(good) as original:
+            for name in original.namelist():
+                archive.writestr(name, original.read(name))
+        archive.writestr("archive/data/999", bytes(10**8))
+    cases["deflated"] = path.read_bytes()
     path.unlink()
     with pytest.raises(CheckpointError, match=r"model\.pt is missing: run python3 train_jepa\.py$"):
         load_checkpoint(path)
@@ -167,6 +181,49 @@ def test_bad_checkpoints_are_one_sentence(tmp_path):
         with pytest.raises(CheckpointError, match=r"model\.pt .*: move it away and run") as e:
             load_checkpoint(path)
         assert "\n" not in str(e.value)
+
+
+def test_mutated_checkpoints_give_equal_weights_or_an_error(tmp_path):
+    path, rng = tmp_path / "model.pt", random.Random(0)
+    model = JEPAWorldModel(latent_dim=12, moving_dim=6, image_size=(16, 16), channels=3,
+                           hidden_dim=8)
+    save_checkpoint(path, model, model.state_dict(), **REST)
+    content, expected, equal = path.read_bytes(), model.state_dict(), 0
+    with zipfile.ZipFile(path) as archive:
+        places = [(m.header_offset, m.file_size) for m in archive.infolist()]
+    trials = int(os.environ.get("MUTATIONS", 300))
+    for _ in range(trials):
+        path.write_bytes(mutated(content, places, rng))
+        try:
+            loaded = load_checkpoint(path).state_dict()
+        except CheckpointError as error:
+            assert str(error).startswith(f"{path} ") and "\n" not in str(error)
+            continue
+        assert all(torch.equal(loaded[k], expected[k]) for k in expected)
+        equal += 1
+    assert 0 < equal < 0.9 * trials  # both outcomes were met
+
+
+def mutated(content, places, rng):
+    """Bits flipped, bytes overwritten, removed, doubled, cut off, or two members swapped."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 3))):
+        at, kind = rng.randrange(len(content)), rng.randrange(6)
+        if kind == 0:
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            content[at:at + 8] = rng.randbytes(8)
+        elif kind == 2:
+            del content[at:at + rng.randrange(1, 40)]
+        elif kind == 3:
+            content[at:at] = content[rng.randrange(len(content)):][:rng.randrange(1, 40)]
+        elif kind == 4 and rng.random() < 0.2:
+            del content[at:]
+        else:
+            (a, size_a), (b, size_b) = sorted(rng.sample(places, 2))
+            size = min(size_a, size_b) + 30  # with the fixed part of the header
+            content[a:a + size], content[b:b + size] = content[b:b + size], content[a:a + size]
+    return bytes(content)
 
 
 def test_dynamics_start_near_identity():

@@ -281,20 +281,23 @@ def test_missing_checkpoint_is_one_sentence(tmp_path):
 
 
 def test_data_without_an_environment_name(tmp_path, monkeypatch):
+    from tests.conftest import REST
     from world_model_jepa import JEPAWorldModel, save_checkpoint
     model = JEPAWorldModel(image_size=(20, 20), patch_size=4)
     save_checkpoint(tmp_path / "jepa_world_model.pt", model, model.state_dict(),
-                    data={"metadata": {}})
+                    **{**REST, "data": {"metadata": {}}})
     monkeypatch.setattr(plan, "HERE", tmp_path)
     with pytest.raises(SystemExit, match="do not name their environment"):
         plan.main()
 
 
 def test_checkpoint_of_another_image_size(tmp_path, monkeypatch):
+    from tests.conftest import REST
     from world_model_jepa import JEPAWorldModel, save_checkpoint
     model = JEPAWorldModel(image_size=(20, 20), patch_size=4)
-    save_checkpoint(tmp_path / "jepa_world_model.pt", model, model.state_dict(), data={
-        "metadata": {"env_id": "MiniGrid-Empty-8x8-v0", "tile_size": 4, "seed": 0}})
+    data = {"metadata": {"env_id": "MiniGrid-Empty-8x8-v0", "tile_size": 4, "seed": 0}}
+    save_checkpoint(tmp_path / "jepa_world_model.pt", model, model.state_dict(),
+                    **{**REST, "data": data})
     monkeypatch.setattr(plan, "HERE", tmp_path)
     with pytest.raises(SystemExit, match=r"expects images of .* \(32, 32\)"):
         plan.main()

@@ -1,10 +1,14 @@
 """The training script: terms with known answers, resuming, and what it does with bad input."""
 
 import math
+import multiprocessing
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from world_model_jepa import load_checkpoint, read_checkpoint
 WEIGHTS = [n for n in vars(train_jepa) if n.endswith("_WEIGHT")]
 
 
-def run(script, folder, **constants):
+def run(script, folder, processes=1, **constants):
     """Runs a copy of the scripts in `folder` with edited constants -> CompletedProcess."""
     for source in REPO.glob("*.py"):
         if not (folder / source.name).exists():
@@ -29,8 +33,10 @@ def run(script, folder, **constants):
             lines = path.read_text().splitlines()
             edited = [f"{name} = {value!r}" if x.startswith(f"{name} = ") else x for x in lines]
             path.write_text("\n".join(edited) + "\n")
-    return subprocess.run([sys.executable, folder / script], capture_output=True, text=True,
-                          cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run([sys.executable, *(torchrun if processes > 1 else []), folder / script],
+                          capture_output=True, text=True, cwd=folder.parent,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def weights(path):
@@ -78,7 +84,8 @@ def test_without_the_terms_the_loss_is_the_tutorials(workshop, monkeypatch):
     for name in WEIGHTS:
         monkeypatch.setattr(train_jepa, name, 0.0)
     monkeypatch.setattr(train_jepa, "ERROR_FOCUS", 0.0)
-    monkeypatch.setattr(train_jepa, "glimpse_loss", lambda *_: 0)  # trains no latent
+    for name in ("pointer_loss", "map_loss"):
+        monkeypatch.setattr(train_jepa, name, lambda *_: 0)  # they train no latent
     data = train_jepa.load_data(collect_minigrid_data.data_path())
     model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
     batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 1, 16, 0)))
@@ -234,8 +241,8 @@ def test_the_glimpse_learns_without_touching_the_latents(workshop):
     frames = batch["tiles"]
     z, profiles = (x.unflatten(0, frames.shape[:2])
                    for x in model.encoder.from_tiles(tiles, frames.flatten(0, 1)))
-    first = train_jepa.join_tiles(tiles, frames[:, 0])
-    train_jepa.glimpse_loss(model, z, profiles, first).backward()
+    (train_jepa.pointer_loss(model, z, profiles)
+     + train_jepa.map_loss(model, z[:, 0], tiles, frames[:, 0])).backward()
     taught = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     layers = ("to_row", "to_column", "to_map", "to_patch")
     assert taught == {f"dynamics.{x}.{y}" for x in layers for y in ("weight", "bias")}
@@ -257,18 +264,44 @@ def test_what_ends_an_episode_ends_it_for_good(workshop):
     assert len(train_jepa.known_transitions(model, data, episodes)[2]) == N
 
 
-def test_noise_of_the_still_part_goes_in_and_out(workshop, monkeypatch):
-    monkeypatch.setattr(train_jepa, "DYNAMICS_NOISE", 0.5)
+def test_errors_of_the_still_part_pass_through(workshop, monkeypatch):
     model = train_jepa.new_model(train_jepa.load_data(collect_minigrid_data.data_path()))
     torch.manual_seed(0)
-    z, seen = F.normalize(torch.randn(64, 128), dim=1), []
-    monkeypatch.setattr(model, "predict_next", lambda z, a: seen.append(z) or z)
-    arguments = model, z, torch.zeros(64, dtype=torch.long), z, torch.zeros(64, dtype=torch.bool)
-    train_jepa.dynamics_loss(*arguments)
-    shifted = ((seen[0] - z).abs().amax(1) > 1e-6)
-    assert 10 < shifted.sum() < 54
-    monkeypatch.setattr(train_jepa, "DYNAMICS_NOISE", 0.0)
-    assert train_jepa.dynamics_loss(*arguments)[1] < 1e-9
+    z = F.normalize(torch.randn(64, 128), dim=1)
+    monkeypatch.setattr(model.dynamics, "forward", lambda start, *_: start)  # changes nothing
+    still = model.moving_dim + torch.arange(80)
+    arguments = torch.zeros(64, dtype=torch.long), z, torch.zeros(64, dtype=torch.bool)
+    for dims, passes in ((still, True), (torch.arange(model.moving_dim), False)):
+        start = z.clone()
+        start[:, dims] += 0.02 * torch.randn(64, len(dims))
+        _, error, predicted = train_jepa.dynamics_loss(model, z, F.normalize(start, dim=1),
+                                                       *arguments)
+        assert ((error < 2e-3) if passes else (error > 5e-3)).all() and predicted.shape == z.shape
+
+
+def test_dreams_follow_their_transitions(workshop):
+    data = train_jepa.load_data(collect_minigrid_data.data_path())
+    torch.manual_seed(0)
+    model, episodes = train_jepa.new_model(data), np.unique(data.episode)
+    stage = train_jepa.DynamicsStage(model, data, episodes)
+    N, real = len(stage.action), stage.real
+    before = {k: v.clone() for k, v in stage.memory.items()}
+    assert real == len(data) and stage.steps == -(-N // train_jepa.DYNAMICS_BATCH_SIZE)
+    assert len(list(stage.losses(1))) == stage.steps
+    dreams, errors = stage.memory["dreams"][:N], stage.memory["errors"][:N]
+    seen = errors != 1
+    assert 0.5 < seen.float().mean() < 0.9  # half of all, and half drawn with replacement
+    changed = (dreams != before["dreams"][:N]).any(1).nonzero()[:, 0]
+    assert len(changed) > 0.4 * real and changed.max() < real  # none of what ends an episode
+    for i in changed.tolist():
+        assert seen[i - 1] and data.episode[i - 1] == data.episode[i]
+        assert data.next_obs_index[i - 1] == data.obs_index[i]
+    # What a freshly begun dynamics predicts is close to where it starts, so to where it leads.
+    close = F.cosine_similarity(dreams[changed], stage.z[stage.before[changed]])
+    assert close.mean() > 0.5
+    stage.memory["errors"][:N] = 1e-6
+    stage.memory["errors"][7] = 1.0
+    assert (stage.order(2) == 7).float().mean() == pytest.approx(0.5, abs=0.01)
 
 
 def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
@@ -278,9 +311,144 @@ def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
     gradients = []
     for ended in (torch.zeros(64, dtype=torch.bool), torch.arange(64) < 32):
         model.zero_grad()
-        torch.manual_seed(0)
-        train_jepa.dynamics_loss(model, z, actions, z, ended)[0].backward()
+        train_jepa.dynamics_loss(model, z, z, actions, z, ended)[0].backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()
                           if p.grad is not None})
     changed = {n for n in gradients[0] if not torch.equal(gradients[0][n], gradients[1][n])}
     assert changed == {"dynamics.end_weight", "dynamics.end_bias"}
+
+
+TWO = {"ENV_ID": "MiniGrid-FourRooms-v0", "NUM_EPISODES": 300, "EPOCHS": 1, "DYNAMICS_EPOCHS": 1,
+       "LEARNING_RATE": 1e-3}
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        done = run("train_jepa.py", folder, processes, **TWO)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Epoch 01 finished") == 1  # one process speaks for both
+        results.append(read_checkpoint(folder / "jepa_world_model.pt"))
+    one, two = results
+    for key in ("loss", "val_loss"):  # rounding grows from step to step
+        assert [h[key] for h in two["history"]] == pytest.approx(
+            [h[key] for h in one["history"]], rel=0.01)
+    assert two["step"] == one["step"] and two["settings"] == one["settings"]
+
+
+def test_gradients_of_the_parts_add_up(monkeypatch, workshop):
+    """Each of two processes finds its part of the gradient; gather is told what the other has."""
+    data = train_jepa.load_data(collect_minigrid_data.data_path())
+    torch.manual_seed(0)
+    model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
+    batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 4, 16, 0)))
+    frames, actions = batch["tiles"], batch["actions"]
+
+    def gradients(frames, actions):
+        model.zero_grad()
+        loss, printed = train_jepa.training_loss(model, tiles, frames, actions)
+        loss.backward()
+        return loss, printed, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    loss, printed, whole = gradients(frames, actions)
+    halves = [(frames[:8], actions[:8]), (frames[8:], actions[8:])]
+    sent = [[], []]
+    for _ in range(3):  # rounds: what is sent may depend on what came back from the other
+        heard, sent, parts = sent, [[], []], []
+        for rank, half in enumerate(halves):
+            def gather(x, rank=rank):
+                k = len(sent[rank])
+                sent[rank].append(x.detach().clone())
+                pair = [x, x] if not heard[0] else [heard[0][k], heard[1][k]]
+                pair[rank] = x
+                return torch.cat(pair)
+
+            monkeypatch.setattr(train_jepa, "gather", gather)
+            parts.append(gradients(*half))
+    for part_loss, part_printed, _ in parts:
+        torch.testing.assert_close(part_loss, loss)
+        torch.testing.assert_close(part_printed, printed)
+    for one, two, both in zip(parts[0][2], parts[1][2], whole, strict=True):
+        torch.testing.assert_close(one + two, both, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_that_lost_a_process_goes_on_with_any_number(tmp_path):
+    sabotage = "\nif __name__ == '__main__' and os.environ.get('RANK') == '1':\n" \
+               "    save_or_not = validate\n" \
+               "    def validate(*a):\n" \
+               "        validate.calls = getattr(validate, 'calls', 0) + 1\n" \
+               "        os._exit(9) if validate.calls == 2 else None\n" \
+               "        return save_or_not(*a)\n"
+    for source in REPO.glob("*.py"):
+        shutil.copy(source, tmp_path)
+    script = tmp_path / "train_jepa.py"
+    script.write_text(script.read_text().replace("\n\ndef main():", sabotage + "\n\ndef main():"))
+    done = run("train_jepa.py", tmp_path, 2, **{**TWO, "EPOCHS": 2})
+    assert done.returncode != 0 and "exitcode" in done.stderr and "rank" in done.stderr
+    epoch = read_checkpoint(tmp_path / "jepa_world_model.pt")["epoch"]
+    assert epoch in (1, 2)  # the other process may have been quicker
+    done = run("train_jepa.py", tmp_path)
+    assert done.returncode == 0 and f"Going on from epoch {epoch} of 3" in done.stdout, done.stderr
+
+
+def test_processes_that_cannot_share_a_batch(tmp_path):
+    done = run("train_jepa.py", tmp_path, 2, **{**TWO, "BATCH_SIZE": 31})
+    assert done.returncode != 0
+    assert "error: BATCH_SIZE is 31, which 2 processes cannot share" in done.stderr
+
+
+def kill_at(function, seconds):
+    """Runs `function` in a forked process and kills it (-9) after `seconds`: was it killed?"""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that a kill costs no imports")
+def test_killed_at_any_moment_the_run_ends_as_if_it_had_not_been(workshop, monkeypatch):
+    monkeypatch.setattr(train_jepa, "EPOCHS", 6)
+    path = workshop / "jepa_world_model.pt"
+    began = time.perf_counter()
+    train_jepa.main()
+    seconds = time.perf_counter() - began
+    whole, rng, killed, went_on = read_checkpoint(path), random.Random(0), 0, 0
+    for _ in range(int(os.environ.get("KILLS", 5))):
+        path.unlink()
+        killed += kill_at(train_jepa.main, seconds * rng.uniform(0.05, 1))
+        went_on += path.exists()
+        train_jepa.main()
+        again = read_checkpoint(path)
+        assert equal(again["last_model"], whole["last_model"])
+        assert equal(again["model"], whole["model"])
+        assert [{**h, "seconds": 0} for h in again["history"]] == [
+            {**h, "seconds": 0} for h in whole["history"]]
+    assert killed > 0 and went_on > 0
+    left = [p.name for p in workshop.iterdir() if ".old" not in p.name]
+    assert sorted(left) == ["data.npz", path.name, "loss.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that a kill costs no imports")
+def test_killed_while_collecting_the_shards_come_out_the_same(tmp_path, monkeypatch):
+    for name, value in {"NUM_EPISODES": 400, "MAX_STEPS_PER_EPISODE": 10, "NUM_WORKERS": 1,
+                        "SHARD_TRANSITIONS": 1000, "DATA_FILE": str(tmp_path / "data.npz")}.items():
+        monkeypatch.setattr(collect_minigrid_data, name, value)
+    folder = collect_minigrid_data.data_path()
+
+    def contents():
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    began = time.perf_counter()
+    collect_minigrid_data.main()
+    seconds, whole, rng = time.perf_counter() - began, contents(), random.Random(0)
+    killed = 0
+    for _ in range(int(os.environ.get("KILLS", 5)) // 2 + 1):
+        shutil.rmtree(folder)
+        killed += kill_at(collect_minigrid_data.main, seconds * rng.uniform(0.05, 1))
+        collect_minigrid_data.main()
+        assert contents() == whole
+    assert killed > 0 and len(whole) == 4

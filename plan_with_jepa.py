@@ -46,7 +46,8 @@ from world_model_jepa import (
 NUM_TASKS = 200
 CONTROL_TASKS = 20   # the first of them, for the slow controls: CEM and the other models
 SEED = 1000          # of the tasks; must differ from the data's, whose layouts were trained on
-END_ODDS = 0.5       # states more likely than this to end the episode are not crossed
+END_ODDS = (0.5, 0.9, 1.0)  # states likelier than this to end the episode are not crossed: the
+                            # first of these odds that leaves a way to the goal counts
 MAX_STATES = 4000    # imagined states per search; FourRooms has about 1,040
 
 HERE = Path(__file__).resolve().parent
@@ -79,9 +80,21 @@ def plan_actions(model, obs, goal_obs, max_actions=100, experience=()):
     device = next(model.parameters()).device
     start = model.encode(obs[None].to(device))                          # (1, D)
     goal = model.encode_target(goal_obs[None].to(device))[0]            # (D,)
-    same, A = same_state(model, start), model.arguments["num_actions"]
+    same = same_state(model, start)
     if start[0] @ goal > same:
         return []
+    plans = []
+    for end_odds in END_ODDS:
+        plan, met = search(model, start, goal, same, end_odds, max_actions, experience)
+        plans.append(plan)
+        if met:
+            return plan
+    return next((plan for plan in plans if plan), [])
+
+
+def search(model, start, goal, same, end_odds, max_actions, experience):
+    """plan_actions from latents start (1, D) to goal (D,) -> the plan, and does it get there?"""
+    device, A = start.device, model.arguments["num_actions"]
     z_real, a_real, z_next_real = zip((start[0], 0, start[0]), *experience)
     z_real, z_next_real = torch.stack(z_real), torch.stack(z_next_real)  # (M + 1, D); first: here
     a_real = torch.tensor(a_real, device=device)
@@ -99,7 +112,7 @@ def plan_actions(model, obs, goal_obs, max_actions=100, experience=()):
         new = ((z_next * z.repeat_interleave(A, 0)).sum(1) <= same).nonzero()[:, 0]  # most are not
         new = new[(z_next[new] @ states[:count].T).amax(1) <= same]
         # No way leads on from where the model expects the episode to end.
-        new = new[(model.predict_end(z_next[new]) <= END_ODDS) | (z_next[new] @ goal > same)]
+        new = new[(model.predict_end(z_next[new]) <= end_odds) | (z_next[new] @ goal > same)]
         new = new[first_of_each(z_next[new], same)][:MAX_STATES - count]
         parents += [(first + i // A, i % A) for i in new.tolist()]
         states[count:len(parents)], first = z_next[new], count
@@ -112,7 +125,7 @@ def plan_actions(model, obs, goal_obs, max_actions=100, experience=()):
     while best:
         best, action = parents[best]
         plan.append(action)
-    return plan[::-1]
+    return plan[::-1], best_similarity > same
 
 
 def same_state(model, z):

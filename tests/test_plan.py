@@ -315,3 +315,13 @@ def test_a_plan_goes_round_a_state_in_which_the_episode_ends():
     assert cells[-1] == (2, 1) and (2, 2) not in cells
     onto = plan_actions(model, model.image(start), model.image((2, 2, 0)))
     assert onto == [2]  # the goal itself may end the episode
+
+
+def test_a_doubtful_way_is_taken_where_there_is_no_other():
+    class Doubtful(ExactModel):
+        def predict_end(self, z):
+            cells = [self.poses[i][:2] for i in z.argmax(1).tolist()]
+            return torch.tensor([0.7 * (cell[0] == 2) for cell in cells])  # the whole column
+
+    model, start, goal = Doubtful(), (1, 2, 0), (3, 2, 0)
+    assert plan_actions(model, model.image(start), model.image(goal)) == [2, 2]

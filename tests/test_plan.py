@@ -321,7 +321,7 @@ def test_a_doubtful_way_is_taken_where_there_is_no_other():
     class Doubtful(ExactModel):
         def predict_end(self, z):
             cells = [self.poses[i][:2] for i in z.argmax(1).tolist()]
-            return torch.tensor([0.7 * (cell[0] == 2) for cell in cells])  # the whole column
+            return torch.tensor([0.7 * (cell[0] == 3) for cell in cells])  # the middle column
 
-    model, start, goal = Doubtful(), (1, 2, 0), (3, 2, 0)
-    assert plan_actions(model, model.image(start), model.image(goal)) == [2, 2]
+    model, start, goal = Doubtful(), (1, 3, 0), (5, 3, 0)
+    assert plan_actions(model, model.image(start), model.image(goal)) == 4 * [2]

@@ -46,9 +46,9 @@ from world_model_jepa import (
 NUM_TASKS = 200
 CONTROL_TASKS = 20   # the first of them, for the slow controls: CEM and the other models
 SEED = 1000          # of the tasks; must differ from the data's, whose layouts were trained on
-END_ODDS = (0.5, 0.9, 1.0)  # states likelier than this to end the episode are not crossed: the
-                            # first of these odds that leaves a way to the goal counts
-MAX_STATES = 4000    # imagined states per search; FourRooms has about 1,040
+END_ODDS = (0.5, 0.9, 1.0)  # states likelier than this to end the episode are not crossed; the
+                            # next odds count where these leave no way to the goal
+MAX_STATES = 2500    # imagined states per search; FourRooms has about 1,040
 
 HERE = Path(__file__).resolve().parent
 MOVES = (0, 1, 2)    # left, right, forward: all that changes a pose, for oracle and random policy
@@ -85,15 +85,16 @@ def plan_actions(model, obs, goal_obs, max_actions=100, experience=()):
         return []
     plans = []
     for end_odds in END_ODDS:
-        plan, met = search(model, start, goal, same, end_odds, max_actions, experience)
+        plan, closed = search(model, start, goal, same, end_odds, max_actions, experience)
         plans.append(plan)
-        if met:
+        if not closed:
             return plan
     return next((plan for plan in plans if plan), [])
 
 
 def search(model, start, goal, same, end_odds, max_actions, experience):
-    """plan_actions from latents start (1, D) to goal (D,) -> the plan, and does it get there?"""
+    """plan_actions from latents start (1, D) to goal (D,) -> the plan, and whether every state that
+    can be imagined was met without the goal among them."""
     device, A = start.device, model.arguments["num_actions"]
     z_real, a_real, z_next_real = zip((start[0], 0, start[0]), *experience)
     z_real, z_next_real = torch.stack(z_real), torch.stack(z_next_real)  # (M + 1, D); first: here
@@ -125,7 +126,7 @@ def search(model, start, goal, same, end_odds, max_actions, experience):
     while best:
         best, action = parents[best]
         plan.append(action)
-    return plan[::-1], best_similarity > same
+    return plan[::-1], best_similarity <= same and first == len(parents)
 
 
 def same_state(model, z):
@@ -141,11 +142,10 @@ def same_state(model, z):
     for _ in range(3):
         met.append(model.predict_next(met[-1][:, None], actions).flatten(0, 1))
     met = torch.cat(met)                                                # (1 + A + A^2 + A^3, D)
-    # Below 0.015 lies one state, above 0.1 lie two, in any model that is worth asking. The line is
-    # nearer to the first: two states taken for one cut a passage, one taken for two costs time.
+    # Below 0.015 lies one state, above 0.1 lie two, in any model that is worth asking.
     distance = (1 - met @ met.T).flatten().clamp(0.015, 0.1).sort().values
     gap = (distance[1:] / distance[:-1]).argmax()
-    return 1 - (distance[gap] ** 0.75 * distance[gap + 1] ** 0.25).item()
+    return 1 - (distance[gap] * distance[gap + 1]).sqrt().item()
 
 
 def first_of_each(z, same):

@@ -506,6 +506,7 @@ def check_settings():
 
 
 def main():
+    wanted = {}
     try:
         check_settings()
         wanted = files()

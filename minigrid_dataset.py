@@ -149,13 +149,18 @@ def _load_folder(folder):
         metadata = metadata or its
         if its != metadata or part.metadata.get("shard") != k or its.get("shards") != len(paths):
             break
+        if parts and part.frame_tiles.shape[1:] != parts[0].frame_tiles.shape[1:]:
+            break
         tiles = [tile.tobytes() for tile in part.tiles.numpy()]
+        if len(numbers.keys() | set(tiles)) > 1 << 15:
+            raise DataError(f"{folder} has too many distinct tiles for shards: raise "
+                            f"SHARD_TRANSITIONS in collect_minigrid_data.py and {COLLECT}")
         renumbered = np.array([numbers.setdefault(tile, len(numbers)) for tile in tiles], np.int16)
         file.write(renumbered[part.frame_tiles.numpy()])
         part.obs_index += frames
         part.next_obs_index += frames
         frames += len(part.frame_tiles)
-        parts.append(replace(part, frame_tiles=part.frame_tiles[:1]))
+        parts.append(replace(part, frame_tiles=part.frame_tiles[:1].clone()))  # a view keeps all
     if not paths or len(parts) < len(paths):
         raise DataError(f"{folder} is not a complete set of shards of one run: {COLLECT}")
     shape = (frames, *parts[0].frame_tiles.shape[1:])

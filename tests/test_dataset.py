@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import minigrid_dataset as md  # noqa: E402
+from tests.conftest import mutated  # noqa: E402
 
 COMMAND = "run python3 collect_minigrid_data.py"
 
@@ -589,19 +590,7 @@ def test_mutated_files_give_equal_data_or_a_data_error(tmp_path):
     equal = 0
     trials = int(os.environ.get("MUTATIONS", 240))
     for trial in range(trials):
-        content = bytearray(contents[trial % 2])
-        for _ in range(rng.choice((1, 1, 3))):
-            at = rng.randrange(len(content))
-            kind = rng.randrange(4)
-            if kind == 0:
-                content[at] ^= 1 << rng.randrange(8)
-            elif kind == 1:
-                content[at : at + 8] = rng.randbytes(8)
-            elif kind == 2:
-                del content[at : at + rng.randrange(1, 40)]
-            else:
-                content[at:at] = content[rng.randrange(len(content)) :][: rng.randrange(1, 40)]
-        path.write_bytes(content)
+        path.write_bytes(mutated(contents[trial % 2], rng))
         try:
             data = md.load_transitions(path)
         except md.DataError as error:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import REST
+from tests.conftest import REST, mutated
 from world_model_jepa import (
     CheckpointError,
     JEPAWorldModel,
@@ -193,7 +193,7 @@ def test_mutated_checkpoints_give_equal_weights_or_an_error(tmp_path):
         places = [(m.header_offset, m.file_size) for m in archive.infolist()]
     trials = int(os.environ.get("MUTATIONS", 300))
     for _ in range(trials):
-        path.write_bytes(mutated(content, places, rng))
+        path.write_bytes(mutated(content, rng, places))
         try:
             loaded = load_checkpoint(path).state_dict()
         except CheckpointError as error:
@@ -202,28 +202,6 @@ def test_mutated_checkpoints_give_equal_weights_or_an_error(tmp_path):
         assert all(torch.equal(loaded[k], expected[k]) for k in expected)
         equal += 1
     assert 0 < equal < 0.9 * trials  # both outcomes were met
-
-
-def mutated(content, places, rng):
-    """Bits flipped, bytes overwritten, removed, doubled, cut off, or two members swapped."""
-    content = bytearray(content)
-    for _ in range(rng.choice((1, 1, 3))):
-        at, kind = rng.randrange(len(content)), rng.randrange(6)
-        if kind == 0:
-            content[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            content[at:at + 8] = rng.randbytes(8)
-        elif kind == 2:
-            del content[at:at + rng.randrange(1, 40)]
-        elif kind == 3:
-            content[at:at] = content[rng.randrange(len(content)):][:rng.randrange(1, 40)]
-        elif kind == 4 and rng.random() < 0.2:
-            del content[at:]
-        else:
-            (a, size_a), (b, size_b) = sorted(rng.sample(places, 2))
-            size = min(size_a, size_b) + 30  # with the fixed part of the header
-            content[a:a + size], content[b:b + size] = content[b:b + size], content[a:a + size]
-    return bytes(content)
 
 
 def test_dynamics_start_near_identity():

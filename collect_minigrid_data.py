@@ -61,6 +61,8 @@ NUM_WORKERS = 2                   # processes; the file does not depend on it
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Uniform odds leave some 60 % of FourRooms frames unchanged: most actions do nothing there.
 ACTION_WEIGHTS = (0.2, 0.2, 0.35, 0.08, 0.04, 0.1, 0.03)
+WARM_UP_STEPS = 80                # an episode is recorded after 0 to so many random steps: many
+                                  # worlds start in one corner, and 20 steps do not lead out of it
 DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz
 # More transitions than this (episodes times steps): a folder of the same name with files of so many
 # each. A run that was stopped then goes on with the missing files.
@@ -184,14 +186,21 @@ class Recorder:
         return state, hand
 
 
-def step_episodes(env, episodes, max_steps: int, seed: int, odds: np.ndarray):
+def step_episodes(env, episodes, max_steps: int, seed: int, odds: np.ndarray, warm_up: int):
     """Run the random policy. Returns (recorder, rows, first): `rows` holds for each transition
     (episode, action, reward, terminated, truncated, state, kind in hand, next state), and `first`
-    the state that each episode begins with."""
+    the state that each episode's record begins with, after at most `warm_up` steps and not so many
+    that the environment would cut the record short."""
     recorder, rows, first = Recorder(), [], []
     for episode in episodes:
         actions = np.random.default_rng((seed, episode)).choice(len(odds), max_steps, p=odds)
         env.reset(seed=env_seed(seed, episode))
+        rng = np.random.default_rng((seed, episode, 1))
+        longest = max(0, min(warm_up, env.max_steps - max_steps))
+        for action in rng.choice(len(odds), rng.integers(longest + 1), p=odds).tolist():
+            if any(env.step(action)[2:4]):
+                env.reset(seed=env_seed(seed, episode))
+                break
         state, hand = recorder.look(env, episode)
         first.append(state)
         for step, action in enumerate(actions.tolist(), start=1):
@@ -280,12 +289,13 @@ def pixels(tiles: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------- collecting
-def collect_block(env_id, episodes, max_steps: int, tile_size: int, seed: int, weights) -> dict:
+def collect_block(env_id, episodes, max_steps: int, tile_size: int, seed: int, weights,
+                  warm_up: int) -> dict:
     """`collect_episodes` with its frames still as `tiles` (K, H, W) into `table` (T, ts, ts, 3)."""
     env = make_env(env_id)
     odds = action_odds(env, weights)
     try:
-        recorder, rows, first = step_episodes(env, episodes, max_steps, seed, odds)
+        recorder, rows, first = step_episodes(env, episodes, max_steps, seed, odds, warm_up)
     except Exception as error:  # some registered environments fail inside minigrid
         raise CollectError(f"{env_id} fails when stepped ({type(error).__name__}: {error}): "
                            f"choose another ENV_ID in collect_minigrid_data.py") from error
@@ -320,7 +330,7 @@ def collect_block(env_id, episodes, max_steps: int, tile_size: int, seed: int, w
 def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed: int) -> dict:
     """Collect in memory, without a file. An episode's content depends on (seed, number) alone.
 
-    episodes: episode numbers, at least one; max_steps: 0 only resets, one frame per episode.
+    episodes: episode numbers, at least one; max_steps: 0 gives one frame per episode.
     Returns every key of the file except obs and next_obs, and instead of them
 
         frames                     (K, H, W, 3) uint8, distinct: equal pixels are one frame
@@ -332,7 +342,8 @@ def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed
     Raises CollectError for an environment that cannot be used.
     """
     episodes = [int(episode) for episode in episodes]
-    block = collect_block(env_id, episodes, max_steps, tile_size, seed, ACTION_WEIGHTS)
+    block = collect_block(env_id, episodes, max_steps, tile_size, seed, ACTION_WEIGHTS,
+                          WARM_UP_STEPS)
     block["metadata"] = metadata(env_id, len(episodes), max_steps, tile_size, seed)
     return {"frames": pixels(block.pop("tiles"), block.pop("table")), **block}
 
@@ -341,7 +352,8 @@ def metadata(env_id: str, num_episodes: int, max_steps: int, tile_size: int, see
     """One JSON text, as an array of one element: `json.loads(file["metadata"].item())`."""
     return np.array(json.dumps({
         "format_version": FORMAT_VERSION, "env_id": env_id, "seed": seed, "tile_size": tile_size,
-        "policy": {"name": "random", "action_weights": [float(w) for w in ACTION_WEIGHTS]},
+        "policy": {"name": "random", "action_weights": [float(w) for w in ACTION_WEIGHTS],
+                   "warm_up_steps": WARM_UP_STEPS},
         "max_steps_per_episode": max_steps, "num_episodes": num_episodes,
         "num_actions": int(make_env(env_id).action_space.n),
         "versions": {"minigrid": version("minigrid"), "gymnasium": gym.__version__,
@@ -440,7 +452,7 @@ def collect_parts(run, episodes: range, whole: np.ndarray, progress) -> dict:
     """Collect and compress `episodes` with run, a kind of map: {key: [part, ...]}."""
     size = max(1, BLOCK // MAX_STEPS_PER_EPISODE)
     tasks = [(ENV_ID, episodes[at:at + size], MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED,
-              ACTION_WEIGHTS) for at in range(0, len(episodes), size)]
+              ACTION_WEIGHTS, WARM_UP_STEPS) for at in range(0, len(episodes), size)]
     parts = {key: [] for key in KEYS[:-1]}
     parts["metadata"] = [(whole.dtype, whole.shape, *deflate([whole.tobytes()]))]
     for done, block in run(compressed_block, tasks):
@@ -493,7 +505,7 @@ def check_settings():
                                f"edit {name} in collect_minigrid_data.py")
 
     for name, least in (("NUM_EPISODES", 1), ("MAX_STEPS_PER_EPISODE", 1), ("TILE_SIZE", 1),
-                        ("NUM_WORKERS", 1), ("SEED", 0)):
+                        ("NUM_WORKERS", 1), ("SEED", 0), ("WARM_UP_STEPS", 0)):
         value = globals()[name]
         demand(type(value) is int and value >= least, name, f"a whole number, {least} or more")
     try:

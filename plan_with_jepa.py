@@ -29,6 +29,7 @@ matplotlib.use("Agg")  # draws to files, so no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from collect_minigrid_data import CollectError, Recorder, env_seed, make_env, pixels, render_frames
@@ -49,6 +50,9 @@ SEED = 1000          # of the tasks; must differ from the data's, whose layouts 
 END_ODDS = (0.5, 0.9, 1.0)  # states likelier than this to end the episode are not crossed; the
                             # next odds count where these leave no way to the goal
 MAX_STATES = 2500    # imagined states per search; FourRooms has about 1,040
+STILL_SHARE = 0.5    # scale of the still part when latents are compared: it does not tell poses
+                     # apart, and more than half of the drift of imagined latents is in it
+ONE_STATE, TWO_STATES = 0.015, 0.1  # 1 - cosine: below, latents are one state; above, two states
 
 HERE = Path(__file__).resolve().parent
 MOVES = (0, 1, 2)    # left, right, forward: all that changes a pose, for oracle and random policy
@@ -79,10 +83,11 @@ def plan_actions(model, obs, goal_obs, max_actions=100, experience=()):
     """
     device = next(model.parameters()).device
     start = model.encode(obs[None].to(device))                          # (1, D)
-    goal = model.encode_target(goal_obs[None].to(device))[0]            # (D,)
-    same = same_state(model, start)
-    if start[0] @ goal > same:
+    goal = model.encode_target(goal_obs[None].to(device))               # (1, D)
+    together = similarity(model, start, goal).item()
+    if together > 1 - ONE_STATE:
         return []
+    same = max(same_state(model, start), (1 + together) / 2)  # start and goal are two states
     plans = []
     for end_odds in END_ODDS:
         plan, closed = search(model, start, goal, same, end_odds, max_actions, experience)
@@ -93,8 +98,8 @@ def plan_actions(model, obs, goal_obs, max_actions=100, experience=()):
 
 
 def search(model, start, goal, same, end_odds, max_actions, experience):
-    """plan_actions from latents start (1, D) to goal (D,) -> the plan, and whether every state that
-    can be imagined was met without the goal among them."""
+    """plan_actions from latents start (1, D) to goal (1, D) -> the plan, and whether every state
+    that can be imagined was met without the goal among them."""
     device, A = start.device, model.arguments["num_actions"]
     z_real, a_real, z_next_real = zip((start[0], 0, start[0]), *experience)
     z_real, z_next_real = torch.stack(z_real), torch.stack(z_next_real)  # (M + 1, D); first: here
@@ -102,31 +107,39 @@ def search(model, start, goal, same, end_odds, max_actions, experience):
     states = start.new_empty(MAX_STATES, start.shape[1])
     states[0], parents = start[0], [(0, None)]                          # (state, action) each
     every_action = torch.arange(A, device=device)
-    best, best_similarity, first = 0, -1.0, 0                           # first: of the frontier
+    best, nearest, first = 0, -1.0, 0                                   # first: of the frontier
     for _ in range(max_actions):
         z, count = states[first:len(parents)], len(parents)             # (F, D)
-        if best_similarity > same or not len(z) or count == MAX_STATES:
+        if nearest > same or not len(z) or count == MAX_STATES:
             break
-        z_next = model.predict_next(z[:, None], every_action).flatten(0, 1)         # (F * A, D)
-        f, m = (z @ z_real[1:].T > same).nonzero().T
-        z_next[f * A + a_real[1:][m]] = z_next_real[1:][m]
-        new = ((z_next * z.repeat_interleave(A, 0)).sum(1) <= same).nonzero()[:, 0]  # most are not
-        new = new[(z_next[new] @ states[:count].T).amax(1) <= same]
+        z_next = model.predict_next(z[:, None], every_action)           # (F, A, D)
+        f, m = (similarity(model, z, z_real[1:]) > same).nonzero().T
+        z_next[f, a_real[1:][m]] = z_next_real[1:][m]
+        z_next = z_next.flatten(0, 1)
+        new = (similarity(model, z_next, states[:count]).amax(1) <= same).nonzero()[:, 0]
         # No way leads on from where the model expects the episode to end.
-        new = new[(model.predict_end(z_next[new]) <= end_odds) | (z_next[new] @ goal > same)]
-        new = new[first_of_each(z_next[new], same)][:MAX_STATES - count]
+        to_goal = similarity(model, z_next, goal)[:, 0]                 # (F * A,)
+        new = new[(model.predict_end(z_next[new]) <= end_odds) | (to_goal[new] > same)]
+        new = new[first_of_each(model, z_next[new], same)][:MAX_STATES - count]
         parents += [(first + i // A, i % A) for i in new.tolist()]
         states[count:len(parents)], first = z_next[new], count
         if len(new):
-            been = (z_next[new] @ z_real.T).amax(1) > same
-            similarity, i = (z_next[new] @ goal).masked_fill(been, -1).max(0)
-            if similarity > best_similarity:
-                best, best_similarity = first + i.item(), similarity.item()
+            been = similarity(model, z_next[new], z_real).amax(1) > same
+            closest, i = to_goal[new].masked_fill(been, -1).max(0)
+            if closest > nearest:
+                best, nearest = first + i.item(), closest.item()
     plan = []
     while best:
         best, action = parents[best]
         plan.append(action)
-    return plan[::-1], best_similarity <= same and first == len(parents)
+    return plan[::-1], nearest <= same and first == len(parents)
+
+
+def similarity(model, a, b):
+    """Cosines (N, M) of latents (N, D) and (M, D), their still part scaled by STILL_SHARE."""
+    share = torch.ones(a.shape[1], device=a.device)
+    share[getattr(model, "moving_dim", len(share)):] = STILL_SHARE
+    return F.normalize(a * share, dim=1) @ F.normalize(b * share, dim=1).T
 
 
 def same_state(model, z):
@@ -142,15 +155,15 @@ def same_state(model, z):
     for _ in range(3):
         met.append(model.predict_next(met[-1][:, None], actions).flatten(0, 1))
     met = torch.cat(met)                                                # (1 + A + A^2 + A^3, D)
-    # Below 0.015 lies one state, above 0.1 lie two, in any model that is worth asking.
-    distance = (1 - met @ met.T).flatten().clamp(0.015, 0.1).sort().values
+    distance = (1 - similarity(model, met, met)).flatten()
+    distance = distance.clamp(ONE_STATE, TWO_STATES).sort().values
     gap = (distance[1:] / distance[:-1]).argmax()
     return 1 - (distance[gap] * distance[gap + 1]).sqrt().item()
 
 
-def first_of_each(z, same):
+def first_of_each(model, z, same):
     """(N, D) -> (N,) bool: false for each latent that is the same state as an earlier kept one."""
-    twins = (z @ z.T > same).triu(1).cpu().numpy()
+    twins = (similarity(model, z, z) > same).triu(1).cpu().numpy()
     keep = np.ones(len(z), bool)
     for i, row in enumerate(twins):
         if keep[i]:
@@ -218,7 +231,7 @@ def follow(model, planner, obs, goal_obs, step, max_actions):
                 break
             z_before, z_real = z_real, model.encode(obs[None].to(device))
             experience.append((z_before[0], action, z_real[0]))
-            if (z * z_real).sum() < same:
+            if similarity(model, z, z_real) < same:
                 break
     return imagined, seconds
 

@@ -71,6 +71,7 @@ LATENT_DIM = 128
 MOVING_DIM = 48             # dims that must move within an episode; the rest hold the layout
 VALIDATION_FRACTION = 0.05  # share of the episodes that is held out
 SEED = 0
+COMPILE = False             # torch.compile the losses: pays where launching kernels takes the time
 # Against collapse. With all seven at 0 this is the tutorial's objective.
 VARIANCE_WEIGHT = 1.0             # latents of a batch all becoming equal
 COVARIANCE_WEIGHT = 0.04          # all dims saying the same thing
@@ -435,6 +436,16 @@ def previous_run(path, data):
     return None
 
 
+def accelerated(loss, device):
+    """The function `loss` as this device computes it best: in bfloat16 where CUDA has it (sums and
+    norms stay float32), and compiled where COMPILE says so."""
+    if COMPILE:
+        loss = torch.compile(loss)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        loss = torch.autocast("cuda", torch.bfloat16)(loss)
+    return loss
+
+
 class JointStage:
     """EPOCHS passes for encoder and dynamics together, over windows of frames.
 
@@ -446,13 +457,13 @@ class JointStage:
         self.windows = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
         self.model, self.tiles, self.memory = model, to_float(data.tiles), {}
         self.epochs, self.steps = EPOCHS, len(self.windows)
+        self.loss = accelerated(training_loss, self.tiles.device)
 
     def losses(self, epoch):
         """Yields the loss to minimise and the loss to print of each of `steps` batches."""
         self.windows.set_epoch(epoch)
         for batch in self.windows:
-            yield training_loss(self.model, self.tiles, share(batch["tiles"]),
-                                share(batch["actions"]))
+            yield self.loss(self.model, self.tiles, share(batch["tiles"]), share(batch["actions"]))
 
 
 class DynamicsStage:
@@ -478,6 +489,8 @@ class DynamicsStage:
         self.memory = {"dreams": F.pad(self.z[self.before], (0, 0, 0, 1)),  # (N + 1, D)
                        "errors": torch.ones(N + 1, device=device)}
         self.epochs, self.steps = DYNAMICS_EPOCHS, -(-N // DYNAMICS_BATCH_SIZE)
+        self.dynamics_loss, self.map_loss = (accelerated(f, device)
+                                             for f in (dynamics_loss, map_loss))
 
     def order(self, epoch):
         """(N,) rows of an epoch: half of them at random, half in proportion to their last error."""
@@ -496,15 +509,15 @@ class DynamicsStage:
             size = DYNAMICS_NOISE * torch.rand(len(z), 1, device=z.device) / math.sqrt(D)
             dream = F.normalize(dreams[i] + torch.randn_like(z) * size, dim=1)
             start = torch.where(torch.rand_like(size) < 0.5, dream, z)
-            loss, error, predicted = dynamics_loss(self.model, *map(share, (
+            loss, error, predicted = self.dynamics_loss(self.model, *map(share, (
                 z, start, self.action[i], self.z[self.after[i]], i >= self.real)))
             seen, order = i[:len(error)].sort(stable=True)
             last = seen.diff(append=seen.new_full((1,), N + 1)) > 0     # of the same transition
             seen = torch.where(last, seen, N)
             errors[seen], dreams[self.follows[seen]] = error[order], predicted[order]
             shown = share(self.before[i[:MAP_FRAMES] % self.real])
-            yield loss + map_loss(self.model, self.z[shown], self.tiles,
-                                  self.frames[shown].int()), error.mean() / D
+            yield loss + self.map_loss(self.model, self.z[shown], self.tiles,
+                                       self.frames[shown].int()), error.mean() / D
 
 
 def train(data, path, device):

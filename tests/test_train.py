@@ -120,6 +120,26 @@ def test_reconstruction_learns_to_draw(workshop, monkeypatch):
     assert history[11]["loss"] < 0.5 * history[0]["loss"]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_accelerated_training_learns_the_same(workshop, monkeypatch, compiled):
+    """bfloat16 and torch.compile (what it traces, run as it is), as on CUDA but on the CPU."""
+    path, autocast, compile_ = workshop / "jepa_world_model.pt", torch.autocast, torch.compile
+    train_jepa.main()
+    plain = read_checkpoint(path)["history"]
+    accelerated = train_jepa.accelerated
+    monkeypatch.setattr(train_jepa, "COMPILE", compiled)
+    monkeypatch.setattr(torch, "compile", lambda loss: compile_(loss, backend="eager"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: not compiled)
+    monkeypatch.setattr(torch, "autocast", lambda _, dtype: autocast("cpu", dtype))
+    monkeypatch.setattr(train_jepa, "accelerated",
+                        lambda loss, _: accelerated(loss, torch.device("cuda")))
+    path.unlink()
+    train_jepa.main()
+    for was, now in zip(plain, read_checkpoint(path)["history"], strict=True):
+        assert now["loss"] == pytest.approx(was["loss"], rel=0.2 if not compiled else 1e-3)
+        assert (now["loss"] == was["loss"]) == compiled  # bfloat16 rounds
+
+
 @pytest.mark.parametrize("stopped", [1, 3, 4])  # mid-way, as the encoder comes to rest, after
 def test_same_seed_same_weights_and_resuming_changes_nothing(workshop, monkeypatch, capsys,
                                                              stopped):

@@ -61,8 +61,8 @@ NUM_WORKERS = 2                   # processes; the file does not depend on it
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Uniform odds leave some 60 % of FourRooms frames unchanged: most actions do nothing there.
 ACTION_WEIGHTS = (0.2, 0.2, 0.35, 0.08, 0.04, 0.1, 0.03)
-WARM_UP_STEPS = 80                # an episode is recorded after 0 to so many random steps: many
-                                  # worlds start in one corner, and 20 steps do not lead out of it
+WARM_UP_STEPS = 80                # where every episode starts in the same place, 20 steps do not
+                                  # lead far: there, 0 to so many random steps go unrecorded first
 DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz
 # More transitions than this (episodes times steps): a folder of the same name with files of so many
 # each. A run that was stopped then goes on with the missing files.
@@ -189,9 +189,14 @@ class Recorder:
 def step_episodes(env, episodes, max_steps: int, seed: int, odds: np.ndarray, warm_up: int):
     """Run the random policy. Returns (recorder, rows, first): `rows` holds for each transition
     (episode, action, reward, terminated, truncated, state, kind in hand, next state), and `first`
-    the state that each episode's record begins with, after at most `warm_up` steps and not so many
-    that the environment would cut the record short."""
-    recorder, rows, first = Recorder(), [], []
+    the state that each episode's record begins with. Where episodes start in one place, it begins
+    after at most `warm_up` steps, and not so many that the environment would cut the record short.
+    """
+    recorder, rows, first, starts = Recorder(), [], [], set()
+    for number in range(4):
+        env.reset(seed=number)
+        starts.add((*env.agent_pos, env.agent_dir))
+    warm_up = warm_up if len(starts) == 1 else 0
     for episode in episodes:
         actions = np.random.default_rng((seed, episode)).choice(len(odds), max_steps, p=odds)
         env.reset(seed=env_seed(seed, episode))

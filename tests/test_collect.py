@@ -56,11 +56,16 @@ def small(tmp_path, monkeypatch):
 
 
 def begin(env, steps, seed, episode):
-    """Reset and warm up as the collector says it does; returns the first image of the record."""
+    """Reset, and warm up where the collector says so; returns the first image of the record."""
+    starts = set()
+    for number in range(4):
+        env.reset(seed=number)
+        starts.add((*env.unwrapped.agent_pos, env.unwrapped.agent_dir))
     odds = collect.action_odds(env.unwrapped, collect.ACTION_WEIGHTS)
     rng = np.random.default_rng((seed, episode, 1))
     image, _ = env.reset(seed=collect.env_seed(seed, episode))
     longest = max(0, min(collect.WARM_UP_STEPS, env.unwrapped.max_steps - steps))
+    longest = longest if len(starts) == 1 else 0
     for action in rng.choice(len(odds), rng.integers(longest + 1), p=odds):
         image, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
@@ -109,6 +114,15 @@ def test_equals_the_stock_environment(env_id, steps, tile_size, episodes, happen
     data = collect.collect_episodes(env_id, range(episodes), steps, tile_size, seed=7)
     seen = assert_same_as_stock(env_id, data, steps, tile_size, seed=7)
     assert happens is None or happens in seen, f"only {seen} happened: choose another seed"
+
+
+def test_records_start_everywhere_in_a_world_that_starts_in_one_corner(monkeypatch):
+    far = {}
+    for steps in (0, collect.WARM_UP_STEPS):
+        monkeypatch.setattr(collect, "WARM_UP_STEPS", steps)
+        data = collect.collect_episodes("MiniGrid-Empty-8x8-v0", range(300), 20, 4, seed=0)
+        far[steps] = (data["agent_pos"].sum(1) >= 10).mean()  # of (1, 1) to (6, 6)
+    assert far[0] < 0.01 < 0.05 < far[collect.WARM_UP_STEPS]
 
 
 @pytest.mark.parametrize("setting, value", [("highlight", False), ("agent_view_size", 5),

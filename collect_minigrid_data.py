@@ -186,17 +186,23 @@ class Recorder:
         return state, hand
 
 
+def starts_in_one_place(env) -> bool:
+    """Do all episodes begin with the agent in the same pose? Four of them are tried."""
+    def start(number):
+        env.reset(seed=number)
+        return *env.agent_pos, env.agent_dir
+
+    return all(start(number) == start(0) for number in (1, 2, 3))
+
+
 def step_episodes(env, episodes, max_steps: int, seed: int, odds: np.ndarray, warm_up: int):
     """Run the random policy. Returns (recorder, rows, first): `rows` holds for each transition
     (episode, action, reward, terminated, truncated, state, kind in hand, next state), and `first`
     the state that each episode's record begins with. Where episodes start in one place, it begins
     after at most `warm_up` steps, and not so many that the environment would cut the record short.
     """
-    recorder, rows, first, starts = Recorder(), [], [], set()
-    for number in range(4):
-        env.reset(seed=number)
-        starts.add((*env.agent_pos, env.agent_dir))
-    warm_up = warm_up if len(starts) == 1 else 0
+    recorder, rows, first = Recorder(), [], []
+    warm_up = warm_up if starts_in_one_place(env) else 0
     for episode in episodes:
         actions = np.random.default_rng((seed, episode)).choice(len(odds), max_steps, p=odds)
         env.reset(seed=env_seed(seed, episode))

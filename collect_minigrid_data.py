@@ -46,7 +46,7 @@ import minigrid  # noqa: F401  (registers its environments)
 import numpy as np
 from minigrid.core.constants import DIR_TO_VEC
 from minigrid.core.grid import Grid
-from minigrid.core.world_object import Wall
+from minigrid.core.world_object import Goal, Wall
 from minigrid.minigrid_env import MiniGridEnv
 from tqdm import tqdm
 
@@ -132,6 +132,12 @@ def env_seed(seed: int, episode: int) -> int:
     return int(np.random.SeedSequence((seed, episode)).generate_state(1, np.uint64)[0])
 
 
+def random_actions(rng: np.random.Generator, odds: np.ndarray, count: int) -> list[int]:
+    """What rng.choice(len(odds), count, p=odds) gives, in a quarter of its time."""
+    sums = odds.cumsum()
+    return (sums / sums[-1]).searchsorted(rng.random(count), side="right").tolist()
+
+
 def action_odds(env: MiniGridEnv, weights) -> np.ndarray:
     """(number of actions,) probabilities, from the first of the weights."""
     odds = np.array(weights[:env.action_space.n], np.float64)
@@ -153,32 +159,39 @@ class Recorder:
     def __init__(self):
         self.kinds, self.objects = {NOTHING: 0}, [None]
         self.grids, self.states, self.first_seen = {}, {}, []
+        self.walls = {}  # {colour: number}
         self.cells = self.changing = self.codes = self.grid = None
 
     def kind(self, thing) -> int:
-        if thing is None:
-            return 0
         number = self.kinds.setdefault(tuple(thing.encode()), len(self.objects))
         if number == len(self.objects):  # a copy: doors change in place
             self.objects.append(copy.copy(thing))
         return number
 
+    def wall(self, thing) -> int:
+        """`kind` of a wall, which its colour decides: most of what is on a grid."""
+        if thing.color not in self.walls:
+            self.walls[thing.color] = self.kind(thing)
+        return self.walls[thing.color]
+
     def look(self, env, episode: int) -> tuple[int, int]:
         """The numbers of the state that `env` is in and of the kind of object in hand."""
         cells = env.grid.grid
         # Lists compare by identity first, so this is quick, and it sees whatever was put, taken or
-        # moved. What changes in place (a door) shows in its encoding; only walls never change.
+        # moved. What changes in place (a door) shows in its encoding; walls and goals never change.
         if cells != self.cells:
             self.cells = list(cells)
-            self.changing = [o for o in cells if o is not None and type(o) is not Wall]
+            self.changing = [o for o in cells if o is not None and type(o) not in (Wall, Goal)]
             self.codes = None
         codes = [o.encode() for o in self.changing]
         if codes != self.codes:
             self.codes = codes
-            key = np.array([self.kind(o) for o in cells], np.uint16).tobytes()
+            kinds = [0 if o is None else self.wall(o) if type(o) is Wall else self.kind(o)
+                     for o in cells]
+            key = np.array(kinds, np.uint16).tobytes()
             self.grid = self.grids.setdefault(key, len(self.grids))
         x, y = env.agent_pos
-        hand = self.kind(env.carrying)
+        hand = 0 if env.carrying is None else self.kind(env.carrying)
         key = (self.grid, int(x), int(y), int(env.agent_dir))
         state = self.states.setdefault(key, len(self.states))
         if state == len(self.first_seen):
@@ -204,17 +217,17 @@ def step_episodes(env, episodes, max_steps: int, seed: int, odds: np.ndarray, wa
     recorder, rows, first = Recorder(), [], []
     warm_up = warm_up if starts_in_one_place(env) else 0
     for episode in episodes:
-        actions = np.random.default_rng((seed, episode)).choice(len(odds), max_steps, p=odds)
+        actions = random_actions(np.random.default_rng((seed, episode)), odds, max_steps)
         env.reset(seed=env_seed(seed, episode))
-        rng = np.random.default_rng((seed, episode, 1))
-        longest = max(0, min(warm_up, env.max_steps - max_steps))
-        for action in rng.choice(len(odds), rng.integers(longest + 1), p=odds).tolist():
-            if any(env.step(action)[2:4]):
-                env.reset(seed=env_seed(seed, episode))
-                break
+        if longest := max(0, min(warm_up, env.max_steps - max_steps)):
+            rng = np.random.default_rng((seed, episode, 1))
+            for action in random_actions(rng, odds, rng.integers(longest + 1)):
+                if any(env.step(action)[2:4]):
+                    env.reset(seed=env_seed(seed, episode))
+                    break
         state, hand = recorder.look(env, episode)
         first.append(state)
-        for step, action in enumerate(actions.tolist(), start=1):
+        for step, action in enumerate(actions, start=1):
             _, reward, terminated, truncated, _ = env.step(action)
             truncated = truncated or (step == max_steps and not terminated)
             before, in_hand = state, hand
@@ -289,14 +302,18 @@ def render_frames(env, recorder: Recorder, tile_size: int):
 
 
 def pixels(tiles: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Tile numbers (K, H, W) into `table` (T, ts, ts, 3) -> images (K, H * ts, W * ts, 3) uint8."""
+    """Tile numbers (K, H, W) into `table` (T, ts, ts, 3) -> images (K, H * ts, W * ts, 3) uint8.
+
+    Frames share most of their rows of tiles: each distinct row is put together once.
+    """
     K, H, W = tiles.shape
-    T, ts = table.shape[:2]
-    out = np.empty((K, H, ts, W, ts * 3), np.uint8)
-    for row in range(ts):  # a row of pixels of every tile at a time: contiguous, no transpose
-        # mode="clip" spares numpy a check of every index, half of the time.
-        out[:, :, row] = table[:, row].reshape(T, ts * 3).take(tiles, axis=0, mode="clip")
-    return out.reshape(K, H * ts, W * ts, 3)
+    ts = table.shape[1]
+    rows = {}  # {tile numbers of a row, as bytes: its number}
+    index = [rows.setdefault(row.tobytes(), len(rows)) for row in tiles.reshape(K * H, W)]
+    row_tiles = np.frombuffer(b"".join(rows), tiles.dtype).reshape(-1, W)
+    strips = table[row_tiles].swapaxes(1, 2).reshape(len(rows), -1)  # (R, ts * W * ts * 3)
+    # mode="clip" spares numpy a check of every index, half of the time.
+    return strips.take(index, axis=0, mode="clip").reshape(K, H * ts, W * ts, 3)
 
 
 # -------------------------------------------------------------------------------------- collecting

@@ -103,15 +103,22 @@ def share(x):
     return x[rank() * rows:(rank() + 1) * rows]
 
 
-def gather(x):
-    """(n, ...) -> the rows of all processes, in order. Gradients reach the own rows only, so each
-    process finds its own part of the gradient of the global loss, and the parts add up."""
+def gather(*tensors):
+    """Each (n, ...) -> the rows of all processes, in order; one message carries all the tensors.
+    Gradients reach the own rows only, so each process finds its own part of the gradient of the
+    global loss, and the parts add up."""
     if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[rank()] = x
-    return torch.cat(parts)
+        return tensors
+    own = torch.cat([x.detach().flatten() for x in tensors])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    whole = []
+    for x, rows in zip(tensors, zip(*(part.split([x.numel() for x in tensors])
+                                      for part in parts))):
+        rows = [row.view_as(x) for row in rows]
+        rows[rank()] = x
+        whole.append(torch.cat(rows))
+    return whole
 
 
 def variance_and_covariance(z):
@@ -142,7 +149,7 @@ def nearest_neighbour_entropy(x):
 def collapse_terms(z, moving_dim):
     """Weighted sum of the terms that keep windows of online latents (B, T+1, D) apart: a scalar."""
     frames, D = z.shape[1:]
-    z = gather(z) * math.sqrt(D)
+    z = z * math.sqrt(D)
     moving, still = z.split([moving_dim, D - moving_dim], -1)
     batch = z.flatten(0, 1)
     variance, covariance = variance_and_covariance(batch - batch.mean(0))
@@ -160,32 +167,35 @@ def collapse_terms(z, moving_dim):
     )
 
 
-def pointer_loss(model, z, profiles):
+def pointer_errors(model, z, profiles, average):
     """Teaches the dynamics where to look, without touching the latents.
 
     What moves is in the row, and in the column, whose features do most to set the frame's moving
     part apart from the average frame's. `to_row` and `to_column` learn to point there from the
     latent alone.
 
-    Args: windows of latents (B, T+1, D) and profiles (B, T+1, rows + columns, C).
+    Args: windows of latents (B, T+1, D) and profiles (B, T+1, rows + columns, C), and the average
+        frame's profiles (rows + columns, C).
+    Returns: (B * (T+1),) cross-entropies.
     """
     with torch.no_grad():
         weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))[:, :-1]
-        apart = profiles - gather(profiles.mean(1)).mean(0)
-        apart = torch.einsum("btnc,dnc->btnd", apart, weight).square().sum(-1)
+        apart = torch.einsum("btnc,dnc->btnd", profiles - average, weight).square().sum(-1)
         places = apart.split(list(model.dynamics.grid), -1)     # (B, T+1, rows or columns) each
-    losses = [F.cross_entropy(logits.flatten(0, 1), place.argmax(-1).flatten(), reduction="none")
-              for logits, place in zip(model.dynamics.point(z.detach()), places)]
-    return gather(sum(losses)).mean()
+    return sum(F.cross_entropy(logits.flatten(0, 1), place.argmax(-1).flatten(), reduction="none")
+               for logits, place in zip(model.dynamics.point(z.detach()), places))
 
 
-def map_loss(model, z, tiles, frames):
+def map_errors(model, z, tiles, frames):
     """Teaches the dynamics what stands where, without touching the latents: the map unfolded from
-    z (B, D) has to give the patch features of frames (B, rows, columns) of tiles (M, 3, p, p)."""
+    z (B, D) has to give the patch features of frames (B, rows, columns) of tiles (M, 3, p, p).
+
+    Returns: (B * rows * columns,) mean squared errors of the patches.
+    """
     with torch.no_grad():
         what = model.encoder.look(tiles)[1].flatten(1)[frames]  # (B, rows, columns, C)
     error = model.dynamics.paint(model.dynamics.unfold(z.detach())) - what.flatten(1)
-    return focused(gather(error.unflatten(1, (-1, what.shape[-1])).square().mean(-1).flatten()))
+    return error.unflatten(1, (-1, what.shape[-1])).square().mean(-1).flatten()
 
 
 def focused(error):
@@ -219,15 +229,20 @@ def training_loss(model, tiles, frames, actions):
     z, profiles = (x.unflatten(0, (B, T + 1))
                    for x in model.encoder.from_tiles(tiles, every))
     predicted = model.predict_next(z[:, :-1], actions)                  # (B, T, D)
-    loss = pointer_loss(model, z, profiles) + map_loss(model, z[:, 0], tiles, frames[:, 0])
+    all_z, averages = gather(z, profiles.mean(1))
+    after, predicted = frames[:, 1:].flatten(0, 1), predicted.flatten(0, 1)
     if model.objective == "reconstruction":
-        pixels = join_tiles(tiles, frames[:, 1:].flatten(0, 1))
-        error = model.decode(predicted.flatten(0, 1)) - pixels
-        error = gather(error.square().flatten(1).mean(1)).mean()
-        return loss + error, error
-    target = model.encode_tiles(tiles, frames[:, 1:].flatten(0, 1), target=True)
-    error = gather((predicted.flatten(0, 1) - target).square().sum(-1))     # (B * T,)
-    loss = loss + focused(error) + collapse_terms(z, model.moving_dim)
+        error = (model.decode(predicted) - join_tiles(tiles, after)).square().flatten(1).mean(1)
+    else:
+        target = model.encode_tiles(tiles, after, target=True)
+        error = (predicted - target).square().sum(-1)                   # (B * T,)
+    error, pointing, mapping = gather(
+        error, pointer_errors(model, z, profiles, averages.mean(0)),
+        map_errors(model, z[:, 0], tiles, frames[:, 0]))
+    loss = pointing.mean() + focused(mapping)
+    if model.objective == "reconstruction":
+        return loss + error.mean(), error.mean()
+    loss = loss + focused(error) + collapse_terms(all_z, model.moving_dim)
     return loss, error.mean() / z.shape[-1]
 
 
@@ -246,8 +261,9 @@ def dynamics_loss(model, z, start, actions, z_next, ended):
     ends = F.binary_cross_entropy_with_logits(model.dynamics.end(glimpse), ended.float(),
                                               reduction="none")
     passes = (start - z) * (torch.arange(z.shape[1], device=z.device) >= model.moving_dim)
-    error = gather((predicted - F.normalize(z_next + passes, dim=1)).square().sum(-1))
-    return focused(error) + gather(ends).mean(), error.detach(), gather(predicted.detach())
+    error = (predicted - F.normalize(z_next + passes, dim=1)).square().sum(-1)
+    error, ends, predicted = gather(error, ends, predicted.detach())
+    return focused(error) + ends.mean(), error.detach(), predicted
 
 
 def known_transitions(model, data, episodes):
@@ -489,8 +505,8 @@ class DynamicsStage:
         self.memory = {"dreams": F.pad(self.z[self.before], (0, 0, 0, 1)),  # (N + 1, D)
                        "errors": torch.ones(N + 1, device=device)}
         self.epochs, self.steps = DYNAMICS_EPOCHS, -(-N // DYNAMICS_BATCH_SIZE)
-        self.dynamics_loss, self.map_loss = (accelerated(f, device)
-                                             for f in (dynamics_loss, map_loss))
+        self.dynamics_loss, self.map_errors = (accelerated(f, device)
+                                               for f in (dynamics_loss, map_errors))
 
     def order(self, epoch):
         """(N,) rows of an epoch: half of them at random, half in proportion to their last error."""
@@ -516,8 +532,9 @@ class DynamicsStage:
             seen = torch.where(last, seen, N)
             errors[seen], dreams[self.follows[seen]] = error[order], predicted[order]
             shown = share(self.before[i[:MAP_FRAMES] % self.real])
-            yield loss + self.map_loss(self.model, self.z[shown], self.tiles,
-                                       self.frames[shown].int()), error.mean() / D
+            mapping, = gather(self.map_errors(self.model, self.z[shown], self.tiles,
+                                              self.frames[shown].int()))
+            yield loss + focused(mapping), error.mean() / D
 
 
 def train(data, path, device):

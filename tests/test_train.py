@@ -84,8 +84,8 @@ def test_without_the_terms_the_loss_is_the_tutorials(workshop, monkeypatch):
     for name in WEIGHTS:
         monkeypatch.setattr(train_jepa, name, 0.0)
     monkeypatch.setattr(train_jepa, "ERROR_FOCUS", 0.0)
-    for name in ("pointer_loss", "map_loss"):
-        monkeypatch.setattr(train_jepa, name, lambda *_: 0)  # they train no latent
+    for name in ("pointer_errors", "map_errors"):
+        monkeypatch.setattr(train_jepa, name, lambda *_: torch.zeros(1))  # they train no latent
     data = train_jepa.load_data(collect_minigrid_data.data_path())
     model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
     batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 1, 16, 0)))
@@ -261,8 +261,8 @@ def test_the_glimpse_learns_without_touching_the_latents(workshop):
     frames = batch["tiles"]
     z, profiles = (x.unflatten(0, frames.shape[:2])
                    for x in model.encoder.from_tiles(tiles, frames.flatten(0, 1)))
-    (train_jepa.pointer_loss(model, z, profiles)
-     + train_jepa.map_loss(model, z[:, 0], tiles, frames[:, 0])).backward()
+    (train_jepa.pointer_errors(model, z, profiles, profiles.mean((0, 1))).mean()
+     + train_jepa.map_errors(model, z[:, 0], tiles, frames[:, 0]).mean()).backward()
     taught = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     layers = ("to_row", "to_column", "to_map", "to_patch")
     assert taught == {f"dynamics.{x}.{y}" for x in layers for y in ("weight", "bias")}
@@ -378,12 +378,14 @@ def test_gradients_of_the_parts_add_up(monkeypatch, workshop):
     for _ in range(3):  # rounds: what is sent may depend on what came back from the other
         heard, sent, parts = sent, [[], []], []
         for rank, half in enumerate(halves):
-            def gather(x, rank=rank):
-                k = len(sent[rank])
-                sent[rank].append(x.detach().clone())
-                pair = [x, x] if not heard[0] else [heard[0][k], heard[1][k]]
-                pair[rank] = x
-                return torch.cat(pair)
+            def gather(*tensors, rank=rank):
+                k, whole = len(sent[rank]), []
+                sent[rank].append([x.detach().clone() for x in tensors])
+                for i, x in enumerate(tensors):
+                    pair = [x, x] if not heard[0] else [heard[0][k][i], heard[1][k][i]]
+                    pair[rank] = x
+                    whole.append(torch.cat(pair))
+                return whole
 
             monkeypatch.setattr(train_jepa, "gather", gather)
             parts.append(gradients(*half))

@@ -12,6 +12,7 @@ zlib, and 150 MB of memory at its peak; measured on a shared 2-core cloud CPU.
 import hashlib
 import json
 import math
+import os
 import sys
 import tempfile
 import zipfile
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 COLLECT = "run python3 collect_minigrid_data.py"
@@ -136,43 +138,77 @@ def first_file(path):
 
 
 def _load_folder(folder):
-    """load_transitions of shards, one at a time. Training needs no labels, so there are none, and
-    the maps of tiles (1 kB a transition) are put into an unnamed file, of which the system keeps in
-    memory what it has room for. What stays in memory is 40 bytes a transition.
+    """load_transitions of shards. Training needs no labels, so there are none, and the maps of
+    tiles (1 kB a transition) are put into an unlinked file, of which the system keeps in memory
+    what it has room for. What stays in memory is 40 bytes a transition.
+
+    The processes that torchrun started on one machine read different shards, and map one file.
     """
-    paths, parts, metadata = sorted(folder.glob("shard_*.npz")), [], None
-    numbers, frames = {}, 0  # {bytes of a tile: its number}
-    file = tempfile.TemporaryFile(dir=folder)
-    for k, path in enumerate(paths):
-        part = _load_file(path, TRAINING_FIELDS)
-        its = {**part.metadata, "shard": None}
-        metadata = metadata or its
-        if its != metadata or part.metadata.get("shard") != k or its.get("shards") != len(paths):
-            break
-        if parts and part.frame_tiles.shape[1:] != parts[0].frame_tiles.shape[1:]:
-            break
-        tiles = [tile.tobytes() for tile in part.tiles.numpy()]
-        if len(numbers.keys() | set(tiles)) > 1 << 15:
-            raise DataError(f"{folder} has too many distinct tiles for shards: raise "
-                            f"SHARD_TRANSITIONS in collect_minigrid_data.py and {COLLECT}")
-        renumbered = np.array([numbers.setdefault(tile, len(numbers)) for tile in tiles], np.int16)
-        file.write(renumbered[part.frame_tiles.numpy()])
-        part.obs_index += frames
-        part.next_obs_index += frames
-        frames += len(part.frame_tiles)
-        parts.append(replace(part, frame_tiles=part.frame_tiles[:1].clone()))  # a view keeps all
-    if not paths or len(parts) < len(paths):
+    paths = sorted(folder.glob("shard_*.npz"))
+    number, processes = (int(os.environ[f"LOCAL_{name}"]) if dist.is_initialized() else alone
+                         for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+    own, maps, failure = {}, tempfile.TemporaryFile(dir=folder), None
+    try:
+        for k in range(number, len(paths), processes):
+            part = _load_file(paths[k], TRAINING_FIELDS)
+            maps.write(part.frame_tiles.numpy())
+            own[k] = len(part.frame_tiles), replace(part, frame_tiles=part.frame_tiles[:1].clone())
+    except DataError as error:
+        failure = error
+    every = {}
+    for theirs, failure in _tell_all((own, failure)):
+        if failure:
+            raise failure
+        every |= theirs
+    lengths, parts = zip(*(every[k] for k in sorted(every))) if every else ([], [])
+    kinds = [({**part.metadata, "shard": None}, part.frame_tiles.shape[1:]) for part in parts]
+    if not parts or any(kind != kinds[0] or part.metadata.get("shard") != k
+                        or part.metadata.get("shards") != len(parts)
+                        for k, (kind, part) in enumerate(zip(kinds, parts))):
         raise DataError(f"{folder} is not a complete set of shards of one run: {COLLECT}")
-    shape = (frames, *parts[0].frame_tiles.shape[1:])
-    frame_tiles = torch.from_numpy(np.memmap(file, np.int16, "r+", shape=shape))
-    tiles = np.frombuffer(b"".join(numbers), np.uint8).reshape(-1, *parts[0].tiles.shape[1:])
+
+    numbers = {}  # {bytes of a tile: its number}, over all shards
+    tables = [[numbers.setdefault(tile.tobytes(), len(numbers)) for tile in part.tiles.numpy()]
+              for part in parts]
+    if len(numbers) > 1 << 15:
+        raise DataError(f"{folder} has too many distinct tiles for shards: raise "
+                        f"SHARD_TRANSITIONS in collect_minigrid_data.py and {COLLECT}")
+    size, starts = math.prod(kinds[0][1]), np.cumsum([0, *lengths])
+    path = folder / f".frames{os.environ.get('GROUP_RANK', 0)}.tmp"  # a machine's number
+    try:
+        path.touch()
+        with path.open("r+b") as file:
+            maps.seek(0)
+            for k in own:
+                table, dtype = np.array(tables[k], np.int16), parts[k].frame_tiles.numpy().dtype
+                file.seek(starts[k] * size * 2)
+                for left in range(lengths[k] * size, 0, -CHUNK):
+                    file.write(table[np.fromfile(maps, dtype, min(CHUNK, left))])
+        _tell_all("written")
+        frame_tiles = np.memmap(path, np.int16, "r+", shape=(starts[-1], *kinds[0][1]))
+        _tell_all("mapped")
+    finally:
+        path.unlink(missing_ok=True)
+    for part, start in zip(parts, starts):
+        part.obs_index += start
+        part.next_obs_index += start
     joined = {key: torch.cat([getattr(part, key) for part in parts]) for key in
               ("obs_index", "next_obs_index", "actions", "rewards", "dones")}
+    tiles = np.frombuffer(b"".join(numbers), np.uint8).reshape(-1, *parts[0].tiles.shape[1:])
     return Transitions(
         folder, hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest(),
-        metadata, torch.from_numpy(tiles.copy()), frame_tiles, **joined,
+        kinds[0][0], torch.from_numpy(tiles.copy()), torch.from_numpy(frame_tiles), **joined,
         episode=np.concatenate([part.episode for part in parts]),
         terminated=np.concatenate([part.terminated for part in parts]))
+
+
+def _tell_all(mine):
+    """-> what each of the processes that torchrun started says at this point, in order."""
+    if not dist.is_initialized():
+        return [mine]
+    said = [None] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    return said
 
 
 def _load_file(path, fields):

@@ -339,7 +339,7 @@ def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
 
 
 TWO = {"ENV_ID": "MiniGrid-FourRooms-v0", "NUM_EPISODES": 300, "EPOCHS": 1, "DYNAMICS_EPOCHS": 1,
-       "LEARNING_RATE": 1e-3}
+       "LEARNING_RATE": 1e-3, "SHARD_TRANSITIONS": 2000}
 
 
 def test_two_processes_learn_what_one_learns(tmp_path):
@@ -356,6 +356,9 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         assert [h[key] for h in two["history"]] == pytest.approx(
             [h[key] for h in one["history"]], rel=0.01)
     assert two["step"] == one["step"] and two["settings"] == one["settings"]
+    assert two["data"] == one["data"]
+    assert {p.name for p in (tmp_path / "2" / "data").rglob("*.*")} == {
+        f"shard_0000{k}.npz" for k in range(3)}
 
 
 def test_gradients_of_the_parts_add_up(monkeypatch, workshop):

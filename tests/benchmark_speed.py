@@ -3,7 +3,8 @@
     python3 tests/benchmark_speed.py
 
 Each pair runs in turn, A B A B, on the same machine in the same minutes, so read the ratios. Takes
-some 7 minutes on 2 cores, writes only to a temporary folder.
+some 7 minutes on 2 cores, writes only to a temporary folder. Has rows of navix where that is
+installed.
 """
 
 import contextlib
@@ -180,6 +181,39 @@ def bench_vector_env(env_id="MiniGrid-FourRooms-v0", steps=150):
         ours.append((time.perf_counter() - began) / len(block["actions"]) * 1e6)
     env.close()
     report(f"{env_id}, two AsyncVectorEnvs", plain, ours, "us/transition")
+
+
+def bench_navix():
+    """The same, against MiniGrid rewritten in JAX: 100 environments in one compiled call."""
+    try:
+        import jax
+        import navix
+    except ImportError:
+        print("navix is not installed (pip install navix): no rows of it")
+        return
+
+    for name in ("Empty-8x8-v0", "FourRooms-v0", "DoorKey-8x8-v0"):
+        env = navix.make(f"Navix-{name}", observation_fn=navix.observations.rgb)
+
+        def step(state, action):
+            state = env.step(state, action)
+            return state, (state.observation, state.reward, state.is_done())
+
+        @jax.jit
+        @jax.vmap
+        def episode(key):
+            start = env.reset(key)
+            actions = jax.random.randint(key, (20,), 0, env.action_space.n)
+            return start.observation, jax.lax.scan(step, start, actions)[1]
+
+        navix_times, ours = [], []
+        for round_ in range(-1, ROUNDS):  # the first one compiles
+            keys = jax.random.split(jax.random.PRNGKey(round_), 100)
+            navix_times.append(seconds(lambda: jax.block_until_ready(episode(keys))) / 2000 * 1e6)
+            episodes = range(round_ * 100 + 100, round_ * 100 + 200)
+            ours.append(seconds(lambda: collect_minigrid_data.collect_episodes(
+                f"MiniGrid-{name}", episodes, 20, 8, 1)) / 2000 * 1e6)
+        report(f"MiniGrid-{name}, navix", navix_times[1:], ours[1:], "us/transition")
 
 
 # A process starts with the peak memory of its parent, so a small one goes between.
@@ -374,6 +408,7 @@ def main():
     print(f"{'stage':42} {'plain':>10} {'ours':>10} {'':14} {'ratio':>8}  (range)")
     bench_stepping()
     bench_vector_env()
+    bench_navix()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench_collecting(folder)

@@ -280,6 +280,18 @@ def bench_feeding(folder):
     report("256 transitions as training takes them", plain, maps, "ms")
 
 
+def flops(step):
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def floor(count):
+    """Seconds that a large matrix product of `count` operations takes."""
+    a, b = torch.rand(2, 1024, 1024)
+    return seconds(lambda: [a @ b for _ in range(10)]) / 10 * count / (2 * 1024**3)
+
+
 def serve(pipe, fast):
     """In a process of its own: trains the tutorial's network as often as it is asked to."""
     torch.manual_seed(0)
@@ -306,8 +318,10 @@ def serve(pipe, fast):
             torch._foreach_lerp_(list(model.target.parameters()), list(model.encoder.parameters()),
                                  1 - momentum)
 
+    operations = flops(lambda: PlainJEPA()(batches[0]).backward())
     while count := pipe.recv():
-        pipe.send(seconds(lambda: [step(batches[i % 4]) for i in range(count)]) / count * 1e3)
+        pipe.send(floor(operations) * 1e3 if count < 0 else
+                  seconds(lambda: [step(batches[i % 4]) for i in range(count)]) / count * 1e3)
     pipe.send({k: v.contiguous().numpy() for k, v in model.state_dict().items()})
 
 
@@ -324,8 +338,10 @@ def bench_tutorial_step():
         return pipe.recv()
 
     [ask(pipe, 3) for pipe in pipes]
-    rounds = [[ask(pipe, 8) for pipe in pipes] for _ in range(ROUNDS)]
-    report("the tutorial's network, a step of 64", *zip(*rounds), "ms")
+    rounds = [[ask(pipes[0], 8), ask(pipes[1], 8), ask(pipes[1], -1)] for _ in range(ROUNDS)]
+    plain, fast, least = zip(*rounds)
+    report("the tutorial's network, a step of 64", plain, fast, "ms")
+    report("    ours against its multiplications", fast, least, "ms")
     weights = [ask(pipe, 0) for pipe in pipes]
     apart = max(np.abs(weights[0][k] - weights[1][k]).max() for k in weights[0])
     print(f"    after {3 + 8 * ROUNDS} steps their weights differ by at most {apart:.1g}")
@@ -347,13 +363,10 @@ def bench_floor(folder):
         optimizer.step()
         model.update_target_encoder()
 
-    with FlopCounterMode(display=False) as counter:
-        step()
-    a, b = torch.rand(2, 1024, 1024)
-    [(step(), a @ b) for _ in range(5)]
-    pairs = [(seconds(lambda: [step() for _ in range(10)]) / 10,
-              counter.get_total_flops() * seconds(lambda: [a @ b for _ in range(10)])
-              / 10 / (2 * 1024**3)) for _ in range(ROUNDS)]
+    operations = flops(step)
+    [(step(), floor(operations)) for _ in range(5)]
+    pairs = [(seconds(lambda: [step() for _ in range(10)]) / 10, floor(operations))
+             for _ in range(ROUNDS)]
     each = train_jepa.BATCH_SIZE * train_jepa.WINDOW / 1e6
     report("a step, against its multiplications", *([x / each for x in y] for y in zip(*pairs)),
            "us/transition")

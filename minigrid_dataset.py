@@ -173,33 +173,45 @@ def _load_folder(folder):
     if len(numbers) > 1 << 15:
         raise DataError(f"{folder} has too many distinct tiles for shards: raise "
                         f"SHARD_TRANSITIONS in collect_minigrid_data.py and {COLLECT}")
-    size, starts = math.prod(kinds[0][1]), np.cumsum([0, *lengths])
-    path = folder / f".frames{os.environ.get('GROUP_RANK', 0)}.tmp"  # a machine's number
-    try:
-        path.touch()
-        with path.open("r+b") as file:
-            maps.seek(0)
-            for k in own:
-                table, dtype = np.array(tables[k], np.int16), parts[k].frame_tiles.numpy().dtype
-                file.seek(starts[k] * size * 2)
-                for left in range(lengths[k] * size, 0, -CHUNK):
-                    file.write(table[np.fromfile(maps, dtype, min(CHUNK, left))])
-        _tell_all("written")
-        frame_tiles = np.memmap(path, np.int16, "r+", shape=(starts[-1], *kinds[0][1]))
-        _tell_all("mapped")
-    finally:
-        path.unlink(missing_ok=True)
+    starts = np.cumsum([0, *lengths])
     for part, start in zip(parts, starts):
         part.obs_index += start
         part.next_obs_index += start
+    frame_tiles = _map_shared(folder, maps, [
+        (starts[k], lengths[k], parts[k].frame_tiles.numpy().dtype, np.array(tables[k], np.int16))
+        for k in own], (starts[-1], *kinds[0][1]))
     joined = {key: torch.cat([getattr(part, key) for part in parts]) for key in
               ("obs_index", "next_obs_index", "actions", "rewards", "dones")}
     tiles = np.frombuffer(b"".join(numbers), np.uint8).reshape(-1, *parts[0].tiles.shape[1:])
     return Transitions(
         folder, hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest(),
-        kinds[0][0], torch.from_numpy(tiles.copy()), torch.from_numpy(frame_tiles), **joined,
+        kinds[0][0], torch.from_numpy(tiles.copy()), frame_tiles, **joined,
         episode=np.concatenate([part.episode for part in parts]),
         terminated=np.concatenate([part.terminated for part in parts]))
+
+
+def _map_shared(folder, maps, shards, shape):
+    """-> (F, H/p, W/p) int16 tensor, mapped from a file that each process has written its part of.
+
+    maps: file with the maps of this process's shards, in which each numbers its own tiles.
+    shards: (first frame, frames, dtype in `maps`, table from its numbers to everyone's) each.
+    """
+    size = math.prod(shape[1:])
+    path = folder / f".frames{os.environ.get('GROUP_RANK', 0)}.tmp"  # the number of the machine
+    try:
+        path.touch()
+        with path.open("r+b") as file:
+            maps.seek(0)
+            for first, frames, dtype, table in shards:
+                file.seek(first * size * 2)
+                for left in range(frames * size, 0, -CHUNK):
+                    file.write(table[np.fromfile(maps, dtype, min(CHUNK, left))])
+        _tell_all("written")
+        mapped = np.memmap(path, np.int16, "r+", shape=shape)
+        _tell_all("mapped")
+    finally:
+        path.unlink(missing_ok=True)
+    return torch.from_numpy(mapped)
 
 
 def _tell_all(mine):

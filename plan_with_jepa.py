@@ -138,7 +138,7 @@ def search(model, start, goal, same, end_odds, max_actions, experience):
 def similarity(model, a, b):
     """Cosines (N, M) of latents (N, D) and (M, D), their still part scaled by STILL_SHARE."""
     share = torch.ones(a.shape[1], device=a.device)
-    share[getattr(model, "moving_dim", len(share)):] = STILL_SHARE
+    share[model.moving_dim:] = STILL_SHARE
     return F.normalize(a * share, dim=1) @ F.normalize(b * share, dim=1).T
 
 
@@ -197,7 +197,7 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20, experience=()):
         if score[elite[0]] > best_score:
             best_score = score[elite[0]].item()
             best = tries[elite[0], :steps[elite[0]] + 1].tolist()
-        counts = torch.nn.functional.one_hot(tries[elite], A).float().mean(0)       # (horizon, A)
+        counts = F.one_hot(tries[elite], A).float().mean(0)                 # (horizon, A)
         odds = 0.1 * odds + 0.9 * counts
     return best
 

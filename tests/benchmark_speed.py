@@ -38,9 +38,9 @@ import train_jepa  # noqa: E402
 
 ROUNDS = 5
 SCALES = (10_000, 100_000)  # transitions; 1_000_000 takes some 8 minutes more
-STEPPED = {  # stock steps a round
-    "MiniGrid-Empty-8x8-v0": 600, "MiniGrid-FourRooms-v0": 300, "MiniGrid-DoorKey-8x8-v0": 600,
-    "MiniGrid-Dynamic-Obstacles-8x8-v0": 600, "BabyAI-GoToLocal-v0": 600,
+STEPPED = {  # stock episodes a round; ours takes 50
+    "MiniGrid-Empty-8x8-v0": 6, "MiniGrid-FourRooms-v0": 3, "MiniGrid-DoorKey-8x8-v0": 6,
+    "MiniGrid-Dynamic-Obstacles-8x8-v0": 40, "BabyAI-GoToLocal-v0": 6,
 }
 TUTORIAL = {"env_id": "MiniGrid-Empty-8x8-v0", "episodes": 200, "steps": 100, "epochs": 5,
             "batch": 64}
@@ -75,17 +75,14 @@ def plain_collect(env_id, episodes, max_steps, tile_size=8, path=None):
     return arrays
 
 
-def bare_loop(env_id, episodes, max_steps):
-    """Nothing but MiniGrid's own resets and steps, without any image: less is not to be had."""
-    env, rng, taken = collect_minigrid_data.make_env(env_id), np.random.default_rng(0), []
-    odds = collect_minigrid_data.action_odds(env, collect_minigrid_data.ACTION_WEIGHTS)
+def replay(env, block, episodes):
+    """The stock loop over the actions of a collected block: all the observations, in order."""
+    seen = []
     for episode in episodes:
-        env.reset(seed=episode)
-        for action in rng.choice(len(odds), max_steps, p=odds).tolist():
-            taken.append(action)
-            if any(env.step(action)[2:4]):
-                break
-    return {"actions": taken}
+        seen.append(env.reset(seed=collect_minigrid_data.env_seed(1, episode))[0])
+        for action in block["actions"][block["episode"] == episode].tolist():
+            seen.append(env.step(action)[0])
+    return seen
 
 
 class PlainDataset(Dataset):
@@ -156,23 +153,29 @@ def report(name, plain, ours, unit):
           f" {statistics.median(ratios):7.1f}x  ({ratios[0]:.1f} to {ratios[-1]:.1f})", flush=True)
 
 
-def bench_stepping():
-    def each(env_id, steps, round_):
-        """Microseconds a transition: plain, ours, and the least."""
-        episodes, times = range(round_ * 100, round_ * 100 + 100), []
-        for function, *its in ((plain_collect, steps // 20, 20),
-                               (collect_minigrid_data.collect_episodes, episodes, 20, 8, 1),
-                               (bare_loop, episodes, 20)):
-            began = time.perf_counter()
-            transitions = len(function(env_id, *its)["actions"])
-            times.append((time.perf_counter() - began) / transitions * 1e6)
-        return times
-
-    for env_id, steps in STEPPED.items():
+def bench_stepping(env_id, stock_episodes, steps, odds):
+    """The same episodes and actions by three loops: stock with wrappers, ours, and MiniGrid's own
+    resets and steps without any image, the least that a loop around them can take."""
+    stock, bare, times = plain_env(env_id), collect_minigrid_data.make_env(env_id), []
+    for round_ in range(-1, ROUNDS):  # the first one warms up
+        episodes = range(round_ * 100 + 100, round_ * 100 + 150)
         with contextlib.redirect_stdout(io.StringIO()):  # BabyAI prints the layouts it rejects
-            plain, ours, bare = zip(*(each(env_id, steps, round_) for round_ in range(ROUNDS)))
-        report(f"step and render {env_id}", plain, ours, "us/transition")
-        report("    ours against MiniGrid's bare steps", ours, bare, "us/transition")
+            began = time.perf_counter()
+            block = collect_minigrid_data.collect_block(env_id, episodes, steps, 8, 1, odds, 0)
+            frames = collect_minigrid_data.pixels(block["tiles"], block["table"])
+            ours = time.perf_counter() - began
+            least = seconds(lambda: replay(bare, block, episodes))
+            began = time.perf_counter()
+            seen = replay(stock, block, episodes[:stock_episodes])
+            plain = time.perf_counter() - began
+        shown = [i for first, episode in zip(block["first_index"], episodes[:stock_episodes])
+                 for i in (first, *block["next_obs_index"][block["episode"] == episode])]
+        assert all(np.array_equal(frames[i], image) for i, image in zip(shown, seen, strict=True))
+        count = len(block["actions"])
+        times.append([plain / (len(seen) - stock_episodes), ours / count, least / count])
+    plain, ours, least = (np.array(times[1:]) * 1e6).T
+    report(f"{env_id.removeprefix('MiniGrid-')}, {steps} steps", plain, ours, "us/transition")
+    report("    ours against MiniGrid's bare steps", ours, least, "us/transition")
 
 
 def bench_vector_env(env_id="MiniGrid-FourRooms-v0", steps=150):
@@ -360,29 +363,49 @@ def bench_tutorial_step():
     print(f"    after {3 + 8 * ROUNDS} steps their weights differ by at most {apart:.1g}")
 
 
-def bench_floor(folder):
-    """One step of JointStage against its multiplications at the rate of a large matrix product."""
+def bench_step(folder):
+    """One step of JointStage: as it is, with an encoder that convolves every frame's pixels, and
+    the multiplications of both at the rate of a large matrix product."""
+    train_jepa.keep_memory()
     data = minigrid_dataset.load_transitions(
         folder / "data" / collect_minigrid_data.data_path().name)
-    torch.manual_seed(0)
-    model = train_jepa.new_model(data)
-    stage = train_jepa.JointStage(model, data, np.unique(data.episode))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    losses = stage.losses(1)
-
-    def step():
-        optimizer.zero_grad()
-        next(losses)[0].backward()
-        optimizer.step()
-        model.update_target_encoder()
-
-    operations = flops(step)
-    [(step(), floor(operations)) for _ in range(5)]
-    pairs = [(seconds(lambda: [step() for _ in range(10)]) / 10, floor(operations))
-             for _ in range(ROUNDS)]
     each = train_jepa.BATCH_SIZE * train_jepa.WINDOW / 1e6
-    report("a step, against its multiplications", *([x / each for x in y] for y in zip(*pairs)),
-           "us/transition")
+
+    def stepper(on_pixels):
+        torch.manual_seed(0)
+        model = train_jepa.new_model(data)
+        for encoder in (model.encoder, model.target_encoder) if on_pixels else ():
+            def from_tiles(tiles, index, encoder=encoder):
+                where, what = (x.movedim(1, 3) for x in encoder.look(
+                    minigrid_dataset.join_tiles(tiles, index)))
+                profiles = encoder.profiles(where)
+                return encoder.join(profiles, encoder.still(what.flatten(1))), profiles
+            encoder.from_tiles = from_tiles
+        stage = train_jepa.JointStage(model, data, np.unique(data.episode))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        losses = stage.losses(1)
+
+        def step():
+            loss = next(losses)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.update_target_encoder()
+            return loss.item()
+
+        return step
+
+    plain, ours = stepper(True), stepper(False)
+    print(f"    losses of a step on pixels {plain():.6f}, ours {ours():.6f}")
+    many, few = flops(plain), flops(ours)
+    times = []
+    for _ in range(ROUNDS + 1):
+        times.append([seconds(lambda: [step() for _ in range(8)]) / 8 / each
+                      for step in (plain, ours)] + [floor(count) / each for count in (many, few)])
+    plain, ours, many, few = zip(*times[1:])
+    report("a training step, convolving pixels", plain, ours, "us/transition")
+    report("    against the multiplications on pixels", ours, many, "us/transition")
+    report("    against those that are left", ours, few, "us/transition")
 
 
 def bench_whole_run(folder):
@@ -432,7 +455,9 @@ def bench_scale(folder):
 def main():
     collect_minigrid_data.WARM_UP_STEPS = 0  # in this process: the plain loop has none
     print(f"{'stage':49} {'plain':>10} {'ours':>10} {'':14} {'ratio':>8}  (range)")
-    bench_stepping()
+    for env_id, stock_episodes in STEPPED.items():
+        bench_stepping(env_id, stock_episodes, 100, (1,) * 7)  # the tutorial's uniform actions
+    bench_stepping("MiniGrid-FourRooms-v0", 10, 20, collect_minigrid_data.ACTION_WEIGHTS)
     bench_vector_env()
     bench_navix()
     with tempfile.TemporaryDirectory() as name:
@@ -440,8 +465,8 @@ def main():
         bench_collecting(folder)
         bench_feeding(folder)
         bench_tutorial_step()
-        bench_floor(folder)
         bench_whole_run(folder)
+        bench_step(folder)  # after the plain steps: it tunes this process's memory
         bench_scale(folder)
 
 

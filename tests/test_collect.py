@@ -374,7 +374,9 @@ def test_script_fails_in_one_line(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a POSIX signal")
 def test_ctrl_c_leaves_no_litter(tmp_path):
     process = subprocess.Popen(script(tmp_path, NUM_EPISODES=100_000), stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
+                               text=True, start_new_session=True,
+                               # a run of the tests in the background would have it ignored
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while "0%" not in process.stderr.readline(80):  # the progress bar has begun
         time.sleep(0.01)
     time.sleep(1)

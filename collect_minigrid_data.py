@@ -26,6 +26,7 @@ is a mosaic of a few dozen distinct tiles, so frames are put together afterwards
 import contextlib
 import copy
 import difflib
+import functools
 import io
 import json
 import math
@@ -110,10 +111,12 @@ def files() -> dict:
 
 # ------------------------------------------------------------------------------------- environment
 def make_env(env_id: str) -> MiniGridEnv:
-    """The real environment, unwrapped, without its partial view (half of the time of a step).
+    """The real environment, unwrapped, without its partial view (half of the time of a step), and
+    drawing numbers and places in a cheaper way.
 
-    `gen_obs` draws no random numbers, so rewards, flags and layouts stay those of the stock
-    environment. Raises CollectError for an id that is not a registered MiniGrid or BabyAI one.
+    `gen_obs` draws no random numbers, and the others draw the same, so rewards, flags and layouts
+    stay those of the stock environment. Raises CollectError for an id that is not a registered
+    MiniGrid or BabyAI one.
     """
     known = [name for name in gym.registry if name.startswith(("MiniGrid-", "BabyAI-"))]
     if env_id not in known:
@@ -122,7 +125,56 @@ def make_env(env_id: str) -> MiniGridEnv:
                            f"edit ENV_ID in collect_minigrid_data.py")
     env = gym.make(env_id, disable_env_checker=True).unwrapped
     env.gen_obs = lambda: None
+    if all(getattr(type(env), name) is getattr(MiniGridEnv, name)
+           for name in ("_rand_int", "place_obj")):  # not an environment's own
+        draw = quick_draw(env)
+        # The type matters: BabyAI compares such numbers by `is`, which small ints would pass.
+        env._rand_int = lambda low, high: np.int64(draw(low, high))
+        env.place_obj = functools.partial(place_obj, env, draw)
     return env
+
+
+def quick_draw(env):
+    """What env.np_random.integers(low, high) gives and leaves behind, as an int, in a quarter of
+    its time: numpy's own method (Lemire, https://arxiv.org/abs/1805.10941) on numpy's own
+    generator, so that any other draws may come between."""
+    generator = next_uint32 = state = None
+
+    def draw(low, high):
+        nonlocal generator, next_uint32, state
+        if env.np_random is not generator:  # a reset with a seed makes a new one
+            generator = env.np_random
+            _, state, _, next_uint32, *_ = generator.bit_generator.ctypes
+        span = int(high - low)
+        if not 1 < span < 2**32:
+            return int(generator.integers(low, high))
+        scaled = next_uint32(state) * span
+        while scaled & 0xFFFFFFFF < 2**32 % span:  # would favour some numbers
+            scaled = next_uint32(state) * span
+        return int(low) + (scaled >> 32)
+
+    return draw
+
+
+def place_obj(env, draw, obj, top=None, size=None, reject_fn=None, max_tries=math.inf):
+    """MiniGridEnv.place_obj on ints: its np.array_equal takes longer than all the rest of it."""
+    grid, agent = env.grid, tuple(map(int, env.agent_pos))
+    x, y = (0, 0) if top is None else (max(int(top[0]), 0), max(int(top[1]), 0))
+    w, h = size or (grid.width, grid.height)
+    right, bottom, tries = min(x + w, grid.width), min(y + h, grid.height), 0
+    while True:
+        if tries > max_tries:
+            raise RecursionError("rejection sampling failed in place_obj")
+        tries += 1
+        i, j = draw(x, right), draw(y, bottom)
+        if grid.grid[j * grid.width + i] is None and (i, j) != agent:
+            place = np.int64(i), np.int64(j)
+            if not (reject_fn and reject_fn(env, place)):
+                break
+    grid.set(i, j, obj)
+    if obj is not None:
+        obj.init_pos = obj.cur_pos = place
+    return place
 
 
 def env_seed(seed: int, episode: int) -> int:
@@ -150,7 +202,7 @@ class Recorder:
     """Numbers what an environment shows: kinds of cell content, grids and states, once each.
 
     kinds   {encode() triple: number}, and `objects`, one object of each kind (None: empty)
-    grids   {kind of every cell (H * W uint16), as bytes: number}
+    grids   {kind of every cell (H * W), as a text of letters chr(kind): number}
     states  {(grid number, x, y, direction): number}, all that a frame depends on, and
             `first_seen`, the (episode, kind in hand) with which each of them was met first
     """
@@ -159,7 +211,8 @@ class Recorder:
         self.kinds, self.objects = {NOTHING: 0}, [None]
         self.grids, self.states, self.first_seen = {}, {}, []
         self.walls = {}  # {colour: number}
-        self.cells = self.changing = self.codes = self.grid = None
+        self.letters, self.changing, self.codes = {}, [], []
+        self.cells = self.grid = None
 
     def kind(self, thing) -> int:
         number = self.kinds.setdefault(tuple(thing.encode()), len(self.objects))
@@ -173,21 +226,29 @@ class Recorder:
             self.walls[thing.color] = self.kind(thing)
         return self.walls[thing.color]
 
+    def learn(self, cells):
+        """Note a letter for each thing on a grid, and which of them can change in place (doors)."""
+        kinds = {thing: self.wall(thing) if type(thing) is Wall else self.kind(thing)
+                 for thing in cells if thing is not None}
+        self.letters = {None: chr(0)} | {thing: chr(kind) for thing, kind in kinds.items()}
+        self.changing = [thing for thing in kinds if type(thing) not in (Wall, Goal)]
+        self.codes = [thing.encode() for thing in self.changing]
+        self.cells = None
+
     def look(self, env, episode: int) -> tuple[int, int]:
         """The numbers of the state that `env` is in and of the kind of object in hand."""
         cells = env.grid.grid
+        if [thing.encode() for thing in self.changing] != self.codes:
+            self.learn(cells)
         # Lists compare by identity first, so this is quick, and it sees whatever was put, taken or
-        # moved. What changes in place (a door) shows in its encoding; walls and goals never change.
+        # moved. Things that are new (a reset, or an open box) have no letter yet.
         if cells != self.cells:
+            try:
+                key = "".join(map(self.letters.__getitem__, cells))
+            except KeyError:
+                self.learn(cells)
+                key = "".join(map(self.letters.__getitem__, cells))
             self.cells = list(cells)
-            self.changing = [o for o in cells if o is not None and type(o) not in (Wall, Goal)]
-            self.codes = None
-        codes = [o.encode() for o in self.changing]
-        if codes != self.codes:
-            self.codes = codes
-            kinds = [0 if o is None else self.wall(o) if type(o) is Wall else self.kind(o)
-                     for o in cells]
-            key = np.array(kinds, np.uint16).tobytes()
             self.grid = self.grids.setdefault(key, len(self.grids))
         x, y = env.agent_pos
         hand = 0 if env.carrying is None else self.kind(env.carrying)
@@ -197,6 +258,10 @@ class Recorder:
             self.first_seen.append((episode, hand))
         return state, hand
 
+    def all_grids(self) -> np.ndarray:
+        """(G * H * W,) uint16, the kinds of all grids' cells."""
+        return np.frombuffer("".join(self.grids).encode("utf-16-le"), np.uint16)
+
 
 def starts_in_one_place(env) -> bool:
     """Do all episodes begin with the agent in the same pose? Four of them are tried."""
@@ -204,7 +269,8 @@ def starts_in_one_place(env) -> bool:
         env.reset(seed=number)
         return *env.agent_pos, env.agent_dir
 
-    return all(start(number) == start(0) for number in (1, 2, 3))
+    first = start(0)
+    return all(start(number) == first for number in (1, 2, 3))
 
 
 def step_episodes(env, episodes, max_steps: int, seed: int, odds: np.ndarray, warm_up: int):
@@ -214,7 +280,7 @@ def step_episodes(env, episodes, max_steps: int, seed: int, odds: np.ndarray, wa
     after at most `warm_up` steps, and not so many that the environment would cut the record short.
     """
     recorder, rows, first = Recorder(), [], []
-    warm_up = warm_up if starts_in_one_place(env) else 0
+    warm_up = warm_up if warm_up and starts_in_one_place(env) else 0
     for episode in episodes:
         actions = random_actions(np.random.default_rng((seed, episode)), odds, max_steps)
         env.reset(seed=env_seed(seed, episode))
@@ -275,7 +341,7 @@ def visible_cells(env, opaque: np.ndarray, x, y, direction) -> np.ndarray:
 def render_frames(env, recorder: Recorder, tile_size: int):
     """The recorder's frames as mosaics: tiles (K, H, W) uint16 into table (T, ts, ts, 3) uint8."""
     H, W = env.grid.height, env.grid.width
-    grids = np.frombuffer(b"".join(recorder.grids), np.uint16).reshape(-1, H, W)
+    grids = recorder.all_grids().reshape(-1, H, W)
     grid, x, y, direction = np.array(list(recorder.states), np.int64).T
     opaque = np.array([o is not None and not o.see_behind() for o in recorder.objects])
     # A tile is decided by (kind of object, agent direction + 1 or 0, highlight): one code for each.
@@ -308,7 +374,8 @@ def pixels(tiles: np.ndarray, table: np.ndarray) -> np.ndarray:
     K, H, W = tiles.shape
     ts = table.shape[1]
     rows = {}  # {tile numbers of a row, as bytes: its number}
-    index = [rows.setdefault(row.tobytes(), len(rows)) for row in tiles.reshape(K * H, W)]
+    every, size = tiles.tobytes(), W * tiles.itemsize
+    index = [rows.setdefault(every[at:at + size], len(rows)) for at in range(0, len(every), size)]
     row_tiles = np.frombuffer(b"".join(rows), tiles.dtype).reshape(-1, W)
     strips = table[row_tiles].swapaxes(1, 2).reshape(len(rows), -1)  # (R, ts * W * ts * 3)
     # mode="clip" spares numpy a check of every index, half of the time.
@@ -333,7 +400,7 @@ def collect_block(env_id, episodes, max_steps: int, tile_size: int, seed: int, w
 
     H, W = tiles.shape[1:]
     kinds = np.array(list(recorder.kinds), np.uint8)  # encode() triples
-    grids = np.frombuffer(b"".join(recorder.grids), np.uint16).reshape(-1, H, W)
+    grids = recorder.all_grids().reshape(-1, H, W)
     grids = kinds[grids].swapaxes(1, 2)               # (G, W, H, 3)
     states = np.array(list(recorder.states), np.int64)
     grid, position, direction = states[:, 0], states[:, 1:3], states[:, 3]

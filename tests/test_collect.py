@@ -9,12 +9,15 @@ import sys
 import time
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from minigrid.core.world_object import Ball
+from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +38,7 @@ ENVIRONMENTS = [
     ("MiniGrid-ObstructedMaze-1Dlhb-v0", 150, 4, 3, "box"),
     ("BabyAI-GoToLocal-v0", 60, 4, 3, None),
     ("BabyAI-UnlockToUnlock-v0", 250, 4, 9, "door"),
+    ("BabyAI-Unlock-v0", 30, 4, 2, None),  # compares the numbers it draws by `is`
     ("BabyAI-MiniBossLevel-v0", 60, 5, 2, None),
 ]
 
@@ -114,6 +118,48 @@ def test_equals_the_stock_environment(env_id, steps, tile_size, episodes, happen
     data = collect.collect_episodes(env_id, range(episodes), steps, tile_size, seed=7)
     seen = assert_same_as_stock(env_id, data, steps, tile_size, seed=7)
     assert happens is None or happens in seen, f"only {seen} happened: choose another seed"
+
+
+def test_draws_are_those_of_numpy():
+    env, rng = collect.make_env("MiniGrid-Empty-5x5-v0"), np.random.default_rng(1)
+    spans = [1, 2, 3, 7, 64, 1000, 2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1, 2**40]
+    for seed in range(3):
+        env.reset(seed=seed)
+        stock = np.random.Generator(np.random.PCG64(seed))
+        for span in rng.choice(spans, 3000).tolist():
+            low = int(rng.integers(-5, 5))
+            ours, its = env._rand_int(low, low + span), stock.integers(low, low + span)
+            assert ours == its and type(ours) is type(its)
+            match rng.integers(6):  # what others leave behind, half a word included, is the same
+                case 0:
+                    assert env.np_random.random() == stock.random()
+                case 1:
+                    assert env.np_random.integers(0, 2) == stock.integers(0, 2)
+                case 2:
+                    assert env._rand_elem(range(9)) == stock.integers(9)
+        assert env.np_random.bit_generator.state == stock.bit_generator.state
+        np.testing.assert_array_equal(env.np_random.permutation(50), stock.permutation(50))
+    with pytest.raises(ValueError, match="low >= high"):
+        env._rand_int(3, 3)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"top": (-1, 3), "size": (3, 3)}, {"top": (6, 6), "size": (9, 9)},
+    {"reject_fn": lambda env, pos: pos[0] + pos[1] < 9}, {"top": (0, 0), "size": (1, 4)},
+])
+def test_places_are_those_of_minigrid(options):
+    def fill(place):
+        env.reset(seed=3)
+        with pytest.raises(RecursionError, match="rejection sampling"):
+            while True:
+                pos = place(ball := Ball(), max_tries=20, **options)
+                assert pos == ball.cur_pos == ball.init_pos and type(pos[0]) is np.int64
+        return env.grid.encode(), env.np_random.random()
+
+    env = collect.make_env("MiniGrid-Empty-8x8-v0")
+    ours, stock = fill(env.place_obj), fill(partial(MiniGridEnv.place_obj, env))
+    np.testing.assert_array_equal(ours[0], stock[0])
+    assert ours[1] == stock[1]
 
 
 def test_records_start_everywhere_in_a_world_that_starts_in_one_corner(monkeypatch):

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -445,13 +446,44 @@ class MiniGridTransitionDataset(Dataset):
     def __getitems__(self, indices):
         """What DataLoader calls with a batch's indices: one gather in place of one per sample."""
         data, i = self.transitions, torch.as_tensor(indices)
+        pixels = _float_frames(data, torch.cat([data.obs_index[i], data.next_obs_index[i]]))
         return _Batch(
-            obs=to_float(data.frames(data.obs_index[i])),
-            next_obs=to_float(data.frames(data.next_obs_index[i])),
+            obs=pixels[: len(i)],
+            next_obs=pixels[len(i) :],
             action=data.actions[i],
             reward=data.rewards[i],
             done=data.dones[i].float(),
         )
+
+
+def _float_frames(data, index):
+    """to_float(data.frames(index)) of (B,) numbers, written in one pass: frames share most of their
+    rows of tiles, and each distinct row is put together and converted once."""
+    ids = data.frame_tiles[index]
+    B, h, w = ids.shape
+    _, C, p, _ = data.tiles.shape
+    rows = {}  # {tile numbers of a row, as bytes: its number}
+    text, size = ids.numpy().tobytes(), w * ids.itemsize
+    number = [rows.setdefault(text[at : at + size], len(rows)) for at in range(0, len(text), size)]
+    strips = torch.frombuffer(bytearray(b"".join(rows)), dtype=ids.dtype).view(-1, 1, w)
+    strips = to_float(join_tiles(data.tiles, strips)).view(-1, p * w * p)  # (rows * C, .)
+    place = torch.tensor(number).view(B, 1, h) * C + torch.arange(C).view(C, 1)  # (B, C, h)
+    pixels = _memory(B * C * h, p * w * p)
+    return torch.index_select(strips, 0, place.view(-1), out=pixels).view(B, C, h * p, w * p)
+
+
+_lent = []  # (array, weak reference to the view of it that a tensor holds)
+
+
+def _memory(*shape):
+    """A float32 tensor to be filled. Fresh memory costs several times as much as filling it, so
+    that of an earlier tensor is lent again once nothing holds it any more."""
+    free = [array for array, holder in _lent if holder() is None and array.shape == shape]
+    array = free[0] if free else np.empty(shape, np.float32)
+    view = array[:]
+    _lent[:] = [(a, holder) for a, holder in _lent if holder() is not None]
+    _lent.append((array, weakref.ref(view)))
+    return torch.from_numpy(view)
 
 
 class _Batch(Sequence):

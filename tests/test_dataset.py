@@ -242,6 +242,25 @@ def test_batched_fetch_equals_samples(file):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+def test_memory_is_lent_again_only_when_nothing_holds_it(file, num_workers):
+    dataset = md.MiniGridTransitionDataset(file)
+    kept, data = [], dataset.transitions
+    for batch in md.make_dataloader(file, 5, shuffle=False, num_workers=num_workers):
+        kept.append(batch["next_obs"][1:3].flatten(1))  # a view of a part is enough to hold it
+    for i, pixels in zip((1, 6, 11), kept, strict=True):
+        frames = data.frames(data.next_obs_index[i : i + 2])
+        assert torch.equal(pixels, md.to_float(frames).flatten(1))
+
+    del batch, pixels
+    first = dataset.__getitems__([0, 1])
+    place, obs = first.tensors["obs"].data_ptr(), first.tensors["obs"].clone()
+    second = dataset.__getitems__([2, 3])
+    assert second.tensors["obs"].data_ptr() != place and torch.equal(first.tensors["obs"], obs)
+    del first
+    assert dataset.__getitems__([4, 5]).tensors["obs"].data_ptr() == place
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_default_dataloader_gives_the_same(file, num_workers):
     ours = list(md.make_dataloader(file, 4, shuffle=False, num_workers=num_workers))
     plain = list(DataLoader(md.MiniGridTransitionDataset(file), 4, num_workers=num_workers))

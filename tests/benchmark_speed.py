@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 REPO = Path(__file__).resolve().parent.parent
@@ -320,27 +320,30 @@ def serve(pipe, fast, path):
     optimizer = torch.optim.Adam(online, 1e-3, fused=fast)
     data = minigrid_dataset.load_transitions(path)
     maps, same = data.frame_tiles.unique(dim=0, return_inverse=True)  # equal frames, one number
-    data.frame_tiles = maps
+    pixels = minigrid_dataset.to_float(minigrid_dataset.join_tiles(data.tiles, maps))
+    numbers = torch.randperm(len(data))[:16 * 64].split(64)
+    batches = [{"obs": same[data.obs_index[t]], "next_obs": same[data.next_obs_index[t]],
+                "action": data.actions[t]} for t in numbers]
+    dataset = PlainDataset(dict(np.load(path)))
 
-    def pixels(numbers):
-        return minigrid_dataset.to_float(data.frames(numbers))
+    def stacked(i):
+        return default_collate([dataset[t] for t in numbers[i % 16].tolist()])
+
+    if fast:
+        train_jepa.keep_memory()
+        model = model.to(memory_format=torch.channels_last)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        for layer in (*model.encoder, *model.target):
+            layer.inplace = isinstance(layer, nn.ReLU)
 
     def encode(encoder, numbers):
         """Each distinct frame of a batch is encoded once; the gradient of [place] adds up."""
         distinct, place = numbers.unique(return_inverse=True)
-        return encoder(pixels(distinct).contiguous(memory_format=torch.channels_last))[place]
-
-    batches = [{"obs": same[data.obs_index[t]], "next_obs": same[data.next_obs_index[t]],
-                "action": data.actions[t]} for t in torch.randperm(len(data))[:16 * 64].split(64)]
-    stacked = [{k: v if k == "action" else pixels(v) for k, v in batch.items()}
-               for batch in batches]
-    if fast:
-        train_jepa.keep_memory()
-        model = model.to(memory_format=torch.channels_last)
+        return encoder(pixels[distinct])[place]
 
     def step(i):
         if not fast:
-            return model.step(stacked[i % 16], optimizer)
+            return model.step(stacked(i), optimizer)
         loss = model(batches[i % 16], encode)
         optimizer.zero_grad()
         loss.backward()
@@ -349,7 +352,7 @@ def serve(pipe, fast, path):
             torch._foreach_lerp_(list(model.target.parameters()), list(model.encoder.parameters()),
                                  1 - momentum)
 
-    operations = {"all": flops(lambda: PlainJEPA()(stacked[0]).backward()),
+    operations = {"all": flops(lambda: PlainJEPA()(stacked(0)).backward()),
                   "distinct": flops(lambda: [PlainJEPA()(x, encode).backward() for x in batches])
                   / 16}
     frames = [len(batch[key].unique()) for batch in batches for key in ("obs", "next_obs")]
@@ -364,8 +367,8 @@ def serve(pipe, fast, path):
 
 
 def bench_tutorial_step(folder):
-    """The tutorial's network on its data: a step as written there, and with faster calls that
-    encode each distinct frame of a batch once."""
+    """The tutorial's network on its data: a step as written there, fetching the batch included, and
+    with faster calls that encode each distinct frame of a batch once."""
     context, pipes = multiprocessing.get_context("spawn"), []
     for fast in (False, True):
         ours, theirs = context.Pipe()

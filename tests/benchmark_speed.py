@@ -150,7 +150,8 @@ def seconds(function):
 def report(name, plain, ours, unit):
     """One row: medians of both, and the median and range of the ratios pair by pair."""
     ratios = sorted(p / o for p, o in zip(plain, ours))
-    print(f"{name:49} {statistics.median(plain):10.3g} {statistics.median(ours):10.3g} {unit:14}"
+    plain, ours = (f"{float(f'{statistics.median(x):.3g}'):,g}" for x in (plain, ours))
+    print(f"{name:49} {plain:>10} {ours:>10} {unit:14}"
           f" {statistics.median(ratios):7.1f}x  ({ratios[0]:.1f} to {ratios[-1]:.1f})", flush=True)
 
 

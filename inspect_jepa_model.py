@@ -552,7 +552,7 @@ def plot_hits(axis, report):
     axis.set(title=f"Finding the true frame among {report['world']['candidates']}",
              xlabel="steps imagined", ylabel="hit@1 (share of moved windows)", ylim=(-0.03, 1.03),
              xticks=[1, *range(5, HORIZON + 1, 5)])
-    axis.legend(loc="center right")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def plot_probes(axis, report):

@@ -459,6 +459,8 @@ class MiniGridTransitionDataset(Dataset):
 def _float_frames(data, index):
     """to_float(data.frames(index)) of (B,) numbers, written in one pass: frames share most of their
     rows of tiles, and each distinct row is put together and converted once."""
+    if data.tiles.device.type != "cpu":  # an accelerator would wait for the rows to be told apart
+        return to_float(data.frames(index))
     ids = data.frame_tiles[index]
     B, h, w = ids.shape
     _, C, p, _ = data.tiles.shape

@@ -335,7 +335,8 @@ def serve(pipe, fast, path):
         model = model.to(memory_format=torch.channels_last)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         for layer in (*model.encoder, *model.target):
-            layer.inplace = isinstance(layer, nn.ReLU)
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = True
 
     def encode(encoder, numbers):
         """Each distinct frame of a batch is encoded once; the gradient of [place] adds up."""

@@ -47,6 +47,7 @@ from world_model_jepa import (
     pick_device,
     read_checkpoint,
     save_checkpoint,
+    to_spheres,
     write_atomically,
 )
 
@@ -54,15 +55,15 @@ from world_model_jepa import (
 # Settings: edit and rerun
 # ---------------------------------------------------------------------------------------------
 OBJECTIVE = "jepa"          # "jepa", or "reconstruction": decode the next frame's pixels instead
-EPOCHS = 6                  # passes over the data, for encoder and dynamics together
-DYNAMICS_EPOCHS = 8         # passes that follow: the encoder rests, the dynamics alone go on
+EPOCHS = 5                  # passes over the data, for encoder and dynamics together
+LAYOUT_EPOCHS = 12          # passes that follow, for the readout of the layout alone
+DYNAMICS_EPOCHS = 8         # and for the dynamics alone, while the encoder rests
 BATCH_SIZE = 32             # windows a batch, each from another episode
 WINDOW = 8                  # transitions a window: WINDOW + 1 frames are encoded
 DYNAMICS_BATCH_SIZE = 1024  # transitions a batch of DYNAMICS_EPOCHS
-MAP_FRAMES = 128            # of these, frames whose map is taught as well
 DYNAMICS_TRANSITIONS = 250_000  # at most so many are learnt from there, the first ones
 LEARNING_RATE = 5e-3        # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
-MAP_RATE = 4                # times LEARNING_RATE: of the dynamics' map, a linear readout
+MAP_RATE = 4                # times LEARNING_RATE: of the dynamics' map, and of LAYOUT_EPOCHS
 WEIGHT_DECAY = 1e-4
 EMA_MOMENTUM = 0.99         # of the target encoder, per step
 DYNAMICS_NOISE = 0.3        # largest size of the noise in DYNAMICS_EPOCHS; latents have size 1
@@ -72,14 +73,15 @@ MOVING_DIM = 48             # dims that must move within an episode; the rest ho
 VALIDATION_FRACTION = 0.05  # share of the episodes that is held out
 SEED = 0
 COMPILE = False             # torch.compile the losses: pays where launching kernels takes the time
-# Against collapse. With all seven at 0 this is the tutorial's objective.
+# Against collapse. With all eight at 0, LAYOUT_EPOCHS as well, this is the tutorial's objective.
 VARIANCE_WEIGHT = 1.0             # latents of a batch all becoming equal
 COVARIANCE_WEIGHT = 0.04          # all dims saying the same thing
 EPISODE_VARIANCE_WEIGHT = 1.0     # the agent fading, since the layout alone is easy to predict
 EPISODE_COVARIANCE_WEIGHT = 0.04  # the moving dims all saying the same thing about it
 STILLNESS_WEIGHT = 1.0            # the agent flooding the dims that hold the layout
 SLOWNESS_WEIGHT = 0.5             # a code of each pose by itself, from which no line reads the cell
-LAYOUT_ENTROPY_WEIGHT = 0.5       # layouts with the same goal but other gaps becoming equal
+LAYOUT_ENTROPY_WEIGHT = 0.1       # layouts with the same goal but other gaps becoming equal
+LAYOUT_VARIANCE_WEIGHT = 2.0      # in LAYOUT_EPOCHS, walls that all layouts share growing large
 
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 100             # batches
@@ -186,16 +188,38 @@ def pointer_errors(model, z, profiles, average):
                for logits, place in zip(model.dynamics.point(z.detach()), places))
 
 
-def map_errors(model, z, tiles, frames):
-    """Teaches the dynamics what stands where, without touching the latents: the map unfolded from
-    z (B, D) has to give the patch features of frames (B, rows, columns) of tiles (M, 3, p, p).
+def layout_errors(model, z, what, odds, frames, stays):
+    """How much of what stands where in frames (B, rows, columns) do the latents z (B, D) not tell?
 
-    Returns: (B * rows * columns,) mean squared errors of the patches.
+    As in I-JEPA (Assran et al. 2023), features of places are predicted, not pixels: the map that
+    the dynamics unfold from z has to tell which tile stands at each place, by the distance of what
+    it shows there from what each tile looks like to the encoder. It need not tell apart tiles that
+    look the same, as a wall in the light and in the dark.
+
+    Args: features of the tiles `what` (M, features), how often each occurs `odds` (M,), and the
+        places that count `stays` (B, rows, columns) bool.
+    Returns: (B,) log(1 + x), where x is the Kullback-Leibler divergence, summed over places, of
+        this choice from that which the features themselves would give.
     """
-    with torch.no_grad():
-        what = model.encoder.look(tiles)[1].flatten(1)[frames]  # (B, rows, columns, C)
-    error = model.dynamics.paint(model.dynamics.unfold(z.detach())) - what.flatten(1)
-    return error.unflatten(1, (-1, what.shape[-1])).square().mean(-1).flatten()
+    def choice(x):
+        return F.log_softmax(2 * (2 * x @ what.T - what.square().sum(1)) + odds.log(), -1)
+
+    shown = model.dynamics.unfold(z)
+    with torch.autocast(z.device.type, enabled=False):                  # distances take float32
+        what = whitened(what.detach().float())
+        shown = shown.float().flatten(1).unflatten(1, (-1, what.shape[1]))
+        ideal = choice(what)[frames.flatten(1)]                         # (B, rows * columns, M)
+        error = F.kl_div(choice(shown), ideal, reduction="none", log_target=True).sum(-1)
+    return (error * stays.flatten(1)).sum(1).log1p()
+
+
+def whitened(x):
+    """(M, D) -> (M, D): mean 0, and covariance 1 but for directions with hardly any variance."""
+    x = x - x.mean(0)
+    covariance = x.T @ x / len(x)
+    faint = 0.03 * covariance.diagonal().mean() + 1e-6
+    root, _ = torch.linalg.cholesky_ex(covariance + faint * torch.eye(x.shape[1], device=x.device))
+    return torch.linalg.solve_triangular(root, x.T, upper=False).T
 
 
 def focused(error):
@@ -217,12 +241,13 @@ def add_gradients(parameters):
         torch.nn.utils.vector_to_parameters(total, gradients)
 
 
-def training_loss(model, tiles, frames, actions):
+def training_loss(model, tiles, odds, frames, actions):
     """Windows of frames (B, T+1, rows, columns), actions (B, T) -> loss to minimise, loss to print.
 
-    `frames` are made of the few distinct `tiles` (M, 3, p, p) in [0, 1]. The printed loss is the
-    mean squared error of unit-norm latents (of pixels for the reconstruction objective); the
-    minimised one counts each dim as if it had variance 1, and adds the terms against collapse.
+    `frames` are made of the few distinct `tiles` (M, 3, p, p) in [0, 1], which are as frequent as
+    `odds` (M,) say. The printed loss is the mean squared error of unit-norm latents (of pixels for
+    the reconstruction objective); the minimised one counts each dim as if it had variance 1, and
+    adds the terms against collapse.
     """
     B, T = actions.shape
     every = frames.flatten(0, 1)                                        # (B * (T+1), rows, columns)
@@ -238,12 +263,28 @@ def training_loss(model, tiles, frames, actions):
         error = (predicted - target).square().sum(-1)                   # (B * T,)
     error, pointing, mapping = gather(
         error, pointer_errors(model, z, profiles, averages.mean(0)),
-        map_errors(model, z[:, 0], tiles, frames[:, 0]))
-    loss = pointing.mean() + focused(mapping)
+        layout_errors(model, z[:, 0].detach(), model.encoder.look(tiles)[1].flatten(1), odds,
+                      frames[:, 0], (frames == frames[:, :1]).all(1)))
+    loss = pointing.mean() + mapping.mean()
     if model.objective == "reconstruction":
         return loss + error.mean(), error.mean()
     loss = loss + focused(error) + collapse_terms(all_z, model.moving_dim)
     return loss, error.mean() / z.shape[-1]
+
+
+def layout_loss(model, what, odds, frames):
+    """Windows of frames (B, T+1, rows, columns), of tiles with features what (M, features) that are
+    as frequent as odds (M,) -> loss to minimise, loss to print: what the latents lose of the
+    layout. Of the encoder, nothing but the readout of the still part learns."""
+    still = model.encoder.add_up(what, frames[:, 0])
+    if model.objective == "reconstruction":
+        still = still.detach()
+    z = to_spheres(F.pad(still, (model.moving_dim, 0)), model.moving_dim)
+    stays = (frames == frames[:, :1]).all(1)
+    error, z = gather(layout_errors(model, z, what, odds, frames[:, 0], stays), z)
+    still = z[:, model.moving_dim:] * math.sqrt(z.shape[1])
+    variance, _ = variance_and_covariance(still - still.mean(0))
+    return error.mean() + LAYOUT_VARIANCE_WEIGHT * variance, error.mean()
 
 
 def dynamics_loss(model, z, start, actions, z_next, ended):
@@ -261,7 +302,7 @@ def dynamics_loss(model, z, start, actions, z_next, ended):
     ends = F.binary_cross_entropy_with_logits(model.dynamics.end(glimpse), ended.float(),
                                               reduction="none")
     passes = (start - z) * (torch.arange(z.shape[1], device=z.device) >= model.moving_dim)
-    error = (predicted - F.normalize(z_next + passes, dim=1)).square().sum(-1)
+    error = (predicted - to_spheres(z_next + passes, model.moving_dim)).square().sum(-1)
     error, ends, predicted = gather(error, ends, predicted.detach())
     return focused(error) + ends.mean(), error.detach(), predicted
 
@@ -287,7 +328,7 @@ def known_transitions(model, data, episodes):
     start = torch.cat([after[last], imagined]).repeat(5)                # rare, so they count five
     end = after[last].repeat(10)                                        # times
     actions = model.arguments["num_actions"]
-    return (torch.cat([z, F.normalize(torch.cat(parts, 1), dim=1)]),
+    return (torch.cat([z, torch.cat(parts, 1)]),
             torch.cat([before, start.repeat_interleave(actions)]),
             torch.cat([action, torch.arange(actions, device=i.device).repeat(len(start))]),
             torch.cat([after, end.repeat_interleave(actions)]))
@@ -340,6 +381,8 @@ def validate(model, data, episodes, device):
 def plot_history(path, history):
     """Loss, spread, rank and hit@1 over epochs, as a picture at `path`."""
     epochs = range(1, len(history) + 1)
+    layout = range(EPOCHS, EPOCHS + LAYOUT_EPOCHS)  # their train loss is of another kind
+    history = [{**h, "loss": math.nan} if i in layout else h for i, h in enumerate(history)]
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
     panels = [
         ("Prediction error (MSE)", None, [("train", "loss"), ("held out", "val_loss")]),
@@ -351,6 +394,8 @@ def plot_history(path, history):
         for (label, key), style in zip(lines, ("o-", "s--")):
             axis.plot(epochs, [h[key] for h in history], style, ms=4, label=label)
         axis.set(title=title, xlabel="epoch")
+        axis.axvspan(EPOCHS + 0.5, EPOCHS + LAYOUT_EPOCHS + 0.5, color="0.93", lw=0,
+                     label="layout alone" if LAYOUT_EPOCHS else None)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -379,9 +424,10 @@ def check_settings():
         if not isinstance(globals()[name], int) or globals()[name] < 1:
             sys.exit(f"error: {name} is {globals()[name]!r}: make it a whole number of at least 1 "
                      "in train_jepa.py")
-    if not isinstance(DYNAMICS_EPOCHS, int) or DYNAMICS_EPOCHS < 0:
-        sys.exit(f"error: DYNAMICS_EPOCHS is {DYNAMICS_EPOCHS!r}: make it a whole number, 0 for "
-                 "none, in train_jepa.py")
+    for name in ("LAYOUT_EPOCHS", "DYNAMICS_EPOCHS"):
+        if not isinstance(globals()[name], int) or globals()[name] < 0:
+            sys.exit(f"error: {name} is {globals()[name]!r}: make it a whole number, 0 for none, "
+                     "in train_jepa.py")
     if OBJECTIVE not in MODELS:
         sys.exit(f"error: OBJECTIVE is {OBJECTIVE!r}: make it one of {', '.join(MODELS)} in "
                  "train_jepa.py")
@@ -437,7 +483,7 @@ def previous_run(path, data):
         was = {**old["settings"], "the data": old["data"]["digest"]}
         now = {**settings(), "the data": data.digest}
         changed = [n for n in now if was.get(n) != now[n]]
-        if not changed and old["epoch"] < EPOCHS + DYNAMICS_EPOCHS:
+        if not changed and old["epoch"] < EPOCHS + LAYOUT_EPOCHS + DYNAMICS_EPOCHS:
             return old
         reason = (f"{changed[0]} was {was.get(changed[0])}, now {now[changed[0]]}" if changed
                   else "it is finished")
@@ -462,6 +508,14 @@ def accelerated(loss, device):
     return loss
 
 
+def tile_odds(data):
+    """(M,): how often each tile occurs in the data."""
+    count = torch.zeros(len(data.tiles), device=data.tiles.device)
+    for frames in data.frame_tiles.split(4096):
+        count += torch.bincount(frames.flatten().int(), minlength=len(count))
+    return (count + 1) / (count + 1).sum()
+
+
 class JointStage:
     """EPOCHS passes for encoder and dynamics together, over windows of frames.
 
@@ -472,6 +526,7 @@ class JointStage:
         passes = max(1, len(data) // (len(set(data.episode)) * WINDOW))  # to see all transitions
         self.windows = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
         self.model, self.tiles, self.memory = model, to_float(data.tiles), {}
+        self.odds = tile_odds(data)
         self.epochs, self.steps = EPOCHS, len(self.windows)
         self.loss = accelerated(training_loss, self.tiles.device)
 
@@ -479,7 +534,34 @@ class JointStage:
         """Yields the loss to minimise and the loss to print of each of `steps` batches."""
         self.windows.set_epoch(epoch)
         for batch in self.windows:
-            yield self.loss(self.model, self.tiles, share(batch["tiles"]), share(batch["actions"]))
+            yield self.loss(self.model, self.tiles, self.odds, share(batch["tiles"]),
+                            share(batch["actions"]))
+
+
+class LayoutStage(JointStage):
+    """LAYOUT_EPOCHS passes for the readout of the layout alone: `encoder.still`, and the map that
+    the dynamics unfold from it. What a tile looks like to the encoder is at rest by now, and known
+    to be the same in the light and in the dark; so these passes are cheap, and soon exact."""
+
+    def __init__(self, model, data, episodes):
+        super().__init__(model, data, episodes)
+        model.split_spheres()
+        encoder = model.encoder
+        with torch.no_grad():
+            average = self.odds @ encoder.look(self.tiles)[1].flatten(1)
+            if average.abs().max() > 1e-3:  # make it 0: best to learn from; no latent changes
+                encoder.embed.bias -= average
+                encoder.still.bias += encoder.still.weight @ average.repeat(
+                    math.prod(model.dynamics.grid))
+                model.update_target_encoder(0)
+            self.what = encoder.look(self.tiles)[1].flatten(1)          # (M, features)
+        self.epochs, self.loss = LAYOUT_EPOCHS, accelerated(layout_loss, self.tiles.device)
+
+    def losses(self, epoch):
+        """As in JointStage; the loss to print is layout_errors, in log nats."""
+        self.windows.set_epoch(epoch)
+        for batch in self.windows:
+            yield self.loss(self.model, self.what, self.odds, share(batch["tiles"]))
 
 
 class DynamicsStage:
@@ -493,8 +575,9 @@ class DynamicsStage:
     """
 
     def __init__(self, model, data, episodes):
+        model.split_spheres()
         model.update_target_encoder(0)  # the encoder rests: the average is the encoder itself
-        self.model, self.tiles, self.frames = model, to_float(data.tiles), data.frame_tiles
+        self.model = model
         self.z, self.before, self.action, self.after = known_transitions(model, data, episodes)
         N, device = len(self.action), self.action.device
         self.real = min(len(window_starts(data, 1, episodes)), DYNAMICS_TRANSITIONS)
@@ -505,8 +588,7 @@ class DynamicsStage:
         self.memory = {"dreams": F.pad(self.z[self.before], (0, 0, 0, 1)),  # (N + 1, D)
                        "errors": torch.ones(N + 1, device=device)}
         self.epochs, self.steps = DYNAMICS_EPOCHS, -(-N // DYNAMICS_BATCH_SIZE)
-        self.dynamics_loss, self.map_errors = (accelerated(f, device)
-                                               for f in (dynamics_loss, map_errors))
+        self.dynamics_loss = accelerated(dynamics_loss, device)
 
     def order(self, epoch):
         """(N,) rows of an epoch: half of them at random, half in proportion to their last error."""
@@ -523,7 +605,7 @@ class DynamicsStage:
         for i in self.order(epoch).split(DYNAMICS_BATCH_SIZE):
             z, D = self.z[self.before[i]], self.z.shape[1]
             size = DYNAMICS_NOISE * torch.rand(len(z), 1, device=z.device) / math.sqrt(D)
-            dream = F.normalize(dreams[i] + torch.randn_like(z) * size, dim=1)
+            dream = to_spheres(dreams[i] + torch.randn_like(z) * size, self.model.moving_dim)
             start = torch.where(torch.rand_like(size) < 0.5, dream, z)
             loss, error, predicted = self.dynamics_loss(self.model, *map(share, (
                 z, start, self.action[i], self.z[self.after[i]], i >= self.real)))
@@ -531,28 +613,28 @@ class DynamicsStage:
             last = seen.diff(append=seen.new_full((1,), N + 1)) > 0     # of the same transition
             seen = torch.where(last, seen, N)
             errors[seen], dreams[self.follows[seen]] = error[order], predicted[order]
-            shown = share(self.before[i[:MAP_FRAMES] % self.real])
-            mapping, = gather(self.map_errors(self.model, self.z[shown], self.tiles,
-                                              self.frames[shown].int()))
-            yield loss + focused(mapping), error.mean() / D
+            yield loss, error.mean() / D
 
 
 def train(data, path, device):
-    """Runs EPOCHS, then DYNAMICS_EPOCHS over `data`, saving the checkpoint at `path` after each."""
+    """Runs the stages' epochs over `data`, saving the checkpoint at `path` after each."""
     torch.manual_seed(SEED)
     old = previous_run(path, data)
     data = data.to(device)
     train_episodes, held_out = split_by_episode(data, VALIDATION_FRACTION, SEED)
     model = new_model(data).to(device)
+    stages = ([JointStage] * EPOCHS + [LayoutStage] * LAYOUT_EPOCHS
+              + [DynamicsStage] * DYNAMICS_EPOCHS)                      # of each epoch
     parameters = [p for p in model.parameters() if p.requires_grad]
-    dynamics = model.dynamics
-    linear = [*dynamics.to_map.parameters(), *dynamics.to_patch.parameters(),
-              dynamics.end_weight, dynamics.end_bias]
-    others = [p for p in parameters if not any(p is q for q in linear)]
 
     def begin(epoch):
         """The stage that `epoch` belongs to, its optimizer and its schedule, at its beginning."""
-        stage = (JointStage if epoch <= EPOCHS else DynamicsStage)(model, data, train_episodes)
+        stage = stages[epoch - 1](model, data, train_episodes)
+        ends = model.dynamics.end_weight, model.dynamics.end_bias
+        linear = [*model.dynamics.to_map.parameters(), *ends]
+        if isinstance(stage, LayoutStage):
+            linear += model.encoder.still.parameters()
+        others = [p for p in parameters if not any(p is q for q in linear)]
         optimizer = torch.optim.AdamW([{"params": others}, {"params": linear}], LEARNING_RATE,
                                       weight_decay=WEIGHT_DECAY, fused=True)
         return stage, optimizer, torch.optim.lr_scheduler.OneCycleLR(
@@ -562,17 +644,19 @@ def train(data, path, device):
     done, step, history, best = 0, 0, [], None
     if old:
         done, step, history, best = old["epoch"], old["step"], old["history"], old["model"]
+        first = stages.index(stages[done - 1])
         model.load_state_dict(old["last_model"])
         stage, optimizer, schedule = begin(done)
         stage.memory = {k: v.to(device) for k, v in old["memory"].items()}
         optimizer.load_state_dict(old["optimizer"])
         schedule.load_state_dict(old["schedule"])
         torch.set_rng_state(old["rng_state"])
-        say(f"Going on from epoch {done} of {EPOCHS + DYNAMICS_EPOCHS} in {path.name}")
+        say(f"Going on from epoch {done} of {len(stages)} in {path.name}")
 
-    for epoch in range(done + 1, EPOCHS + DYNAMICS_EPOCHS + 1):
+    for epoch in range(done + 1, len(stages) + 1):
         began, total = time.perf_counter(), torch.zeros((), device=device)
-        if epoch in (1, EPOCHS + 1):
+        if epoch == 1 or stages[epoch - 1] is not stages[epoch - 2]:
+            first = len(history)
             stage, optimizer, schedule = begin(epoch)
         model.train()
         progress = tqdm(stage.losses(epoch), f"Epoch {epoch:02d}", stage.steps, leave=False,
@@ -603,7 +687,7 @@ def train(data, path, device):
             f"Val cos {row['cos']:.2f} | z_std {row['z_std']:.2f} | "
             f"rank {row['rank']:.0f}/{LATENT_DIM} | "
             f"hit@1 {row['hit@1']:.2f} (copy {row['copy']:.2f}) | {row['seconds']:.1f} s")
-        if all(round(row["hit@1"], 2) >= round(h["hit@1"], 2) for h in history):
+        if all(round(row["hit@1"], 2) >= round(h["hit@1"], 2) for h in history[first:]):
             best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         history.append(row)
         if rank() == 0:
@@ -611,7 +695,7 @@ def train(data, path, device):
                 path, model, best,
                 last_model=model.state_dict(), optimizer=optimizer.state_dict(),
                 schedule=schedule.state_dict(), rng_state=torch.get_rng_state(), epoch=epoch,
-                memory=stage.memory if epoch < EPOCHS + DYNAMICS_EPOCHS else {}, step=step,
+                memory=stage.memory if epoch < len(stages) else {}, step=step,
                 history=history, settings=settings(), data={
                     "path": data.path.name, "digest": data.digest, "metadata": data.metadata},
             )

@@ -19,12 +19,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 # ---------------------------------------------------------------------------------------------
 # 1. Encoder: an image becomes a point on the unit sphere
 # ---------------------------------------------------------------------------------------------
+
+
+def to_spheres(z, moving_dim, spheres=2):
+    """(..., D) -> (..., D) of unit norm. With 2 spheres, the first moving_dim dims and the others
+    each have a constant norm, its square being their share of the dims."""
+    D = z.shape[-1]
+    parts = z.split([D] if spheres == 1 else [moving_dim, D - moving_dim], -1)
+    return torch.cat([F.normalize(x, dim=-1) * math.sqrt(x.shape[-1] / D) for x in parts], -1)
 
 
 def normalise(x):
@@ -60,7 +68,9 @@ class ConvEncoder(nn.Module):
       over rows, over columns, and over the image. "What is there, in which row, in which column"
       is a code in which one step of the agent is the same small change everywhere.
     - the other dims are a linear map of all patches: it can keep each wall and gap of a layout,
-      which maxima over rows and columns cannot.
+      which maxima over rows and columns cannot. It sees a patch as `features` numbers, the same
+      everywhere: a wall is drawn in two greys, as the agent sees it or not, and that both are a
+      wall is learnt once instead of at each place.
 
     Patch features are normalised over channels (layer norm without parameters). Without it the
     rare, bright goal tile outgrows the wall tile, and the wall's gaps vanish from the latent.
@@ -68,6 +78,8 @@ class ConvEncoder(nn.Module):
     Args:
         image_size: (H, W) in pixels; both must be multiples of patch_size.
         channels: patch features of each readout.
+        features: numbers that these are brought down to for the second.
+        spheres: 1 for the whole latent, or 2, one for each part.
         moving_dim: size of the first part; 0 < moving_dim < latent_dim.
 
     Raises:
@@ -75,8 +87,9 @@ class ConvEncoder(nn.Module):
     """
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
-                 channels=24, moving_dim=48):
+                 channels=24, moving_dim=48, features=4, spheres=1):
         super().__init__()
+        self.spheres = spheres
         height, width = image_size
         if height % patch_size or width % patch_size:
             raise ValueError(
@@ -84,16 +97,19 @@ class ConvEncoder(nn.Module):
         rows, columns = height // patch_size, width // patch_size
         self.convolution = nn.Conv2d(in_channels, 2 * channels, patch_size, stride=patch_size)
         self.moving = nn.Linear(channels * (rows + columns + 1), moving_dim)
-        self.still = nn.Linear(channels * rows * columns, latent_dim - moving_dim)
+        self.embed = nn.Conv2d(channels, features, 1)
+        self.still = nn.Linear(features * rows * columns, latent_dim - moving_dim)
 
     def forward(self, obs):
         where, what = (x.movedim(1, 3) for x in self.look(obs))     # (B, rows, columns, C) each
         return self.join(self.profiles(where), self.still(what.flatten(1)))
 
     def look(self, obs):
-        """Pixels (B, in_channels, H, W) -> two maps of features, (B, C, rows, columns) each."""
-        x = self.convolution(obs - 0.5)                                 # (B, 2C, rows, columns)
-        return [F.relu(normalise(part)) for part in x.chunk(2, 1)]
+        """Pixels (B, in_channels, H, W) -> two maps of features, one for each readout:
+        (B, channels, rows, columns) and (B, features, rows, columns)."""
+        x = self.convolution(obs - 0.5)
+        where, what = (F.relu(normalise(part)) for part in x.chunk(2, 1))
+        return where, self.embed(what)
 
     def profiles(self, where):
         """(B, rows, columns, C) -> maxima (B, rows + columns, C): of each row, of each column."""
@@ -103,7 +119,7 @@ class ConvEncoder(nn.Module):
         """Profiles and still part (B, latent_dim - moving_dim) -> (B, latent_dim), unit norm."""
         image = profiles.max(1, keepdim=True).values                    # (B, 1, C)
         moving = self.moving(torch.cat([profiles, image], 1).flatten(1))
-        return F.normalize(torch.cat([moving, still], 1), dim=1)
+        return to_spheres(torch.cat([moving, still], 1), moving.shape[1], self.spheres)
 
     def from_tiles(self, tiles, index):
         """What forward gives for images put together from a few distinct patches, much cheaper.
@@ -120,11 +136,16 @@ class ConvEncoder(nn.Module):
             index = torch.arange(index.numel(), device=index.device).view_as(index)
         where, what = (x.flatten(1) for x in self.look(tiles))          # (M, C) each
         profiles = torch.cat([maxima(where, index), maxima(where, index.mT)], 1)
-        weight = self.still.weight.unflatten(1, (-1, what.shape[1]))    # (D, patches, C)
+        return self.join(profiles, self.add_up(what, index)), profiles
+
+    def add_up(self, what, index):
+        """Features (M, features) of tiles, index (B, rows, columns) -> still part, not yet on its
+        sphere (B, latent_dim - moving_dim)."""
+        weight = self.still.weight.unflatten(1, (-1, what.shape[1]))    # (D, patches, features)
         adds = what @ weight.permute(1, 2, 0)                           # (patches, M, D)
-        place = torch.arange(len(adds), device=index.device) * len(tiles)
+        place = torch.arange(len(adds), device=index.device) * len(what)
         still = F.embedding_bag(index.flatten(1) + place, adds.flatten(0, 1), mode="sum")
-        return self.join(profiles, still + self.still.bias), profiles
+        return still + self.still.bias
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,12 +164,12 @@ class LatentDynamics(nn.Module):
     the place of what moves, `to_map` unfolds the still part of the latent into a map, and the 3 x 3
     patches of that map around that place go into the MLP. "The way is free" is then one rule.
 
-    The output is put back on the sphere after every step; without that, rollouts drift off it.
+    The output is put back on the sphere or spheres after every step; without that, rollouts drift
+    off them.
 
     Args:
         grid: (rows, columns) of the map.
-        channels: of the encoder's patch features, which the map predicts.
-        kinds: numbers a patch that the map holds, and that are looked at.
+        features: numbers a patch that the map holds, and that are looked at.
         context_dim: size of a summary of the still part that the MLP also sees. Not all of it: the
             MLP would learn layouts by heart.
     """
@@ -156,23 +177,23 @@ class LatentDynamics(nn.Module):
     sharpness = 8.0  # of the pointers: latents have size 1, and the right place must win clearly
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, action_dim=16, moving_dim=48,
-                 grid=(8, 8), channels=24, kinds=8, context_dim=16):
+                 grid=(8, 8), features=4, context_dim=16, spheres=1):
         super().__init__()
+        self.spheres = spheres
         self.scale = math.sqrt(latent_dim)  # layers see coordinates of size about 1
-        self.grid, self.kinds = grid, kinds
+        self.grid, self.features = grid, features
         self.split = [moving_dim, latent_dim - moving_dim]
         self.to_row = nn.Linear(moving_dim, grid[0])
         self.to_column = nn.Linear(moving_dim, grid[1])
-        self.to_map = nn.Linear(latent_dim - moving_dim, math.prod(grid) * kinds)
-        self.to_patch = nn.Linear(kinds, channels)
+        self.to_map = nn.Linear(latent_dim - moving_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
         self.to_context = nn.Linear(latent_dim - moving_dim, context_dim)
         self.mlp = nn.Sequential(
-            nn.Linear(moving_dim + context_dim + action_dim + 9 * kinds, hidden_dim), nn.ReLU(),
+            nn.Linear(moving_dim + context_dim + action_dim + 9 * features, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, latent_dim),
         )
-        self.end_weight = nn.Parameter(torch.zeros(channels))
+        self.end_weight = nn.Parameter(torch.zeros(features))
         self.end_bias = nn.Parameter(torch.zeros(()))
         # Start close to "nothing changes": true of most dims in most transitions.
         with torch.no_grad():
@@ -185,30 +206,26 @@ class LatentDynamics(nn.Module):
         return self.to_row(moving), self.to_column(moving)
 
     def unfold(self, z):
-        """(..., latent_dim) -> (..., rows, columns * kinds) in (-1, 1): what stands where."""
-        kinds = self.to_map(z.split(self.split, -1)[1] * self.scale).tanh()
-        return kinds.unflatten(-1, (self.grid[0], -1))
-
-    def paint(self, maps):
-        """(..., rows, columns * kinds) -> (..., rows * columns * channels): patch features."""
-        return self.to_patch(maps.flatten(-2).unflatten(-1, (-1, self.kinds))).flatten(-2)
+        """(..., latent_dim) -> (..., rows, columns * features): what stands where."""
+        maps = self.to_map(z.split(self.split, -1)[1] * self.scale)
+        return maps.unflatten(-1, (self.grid[0], -1))
 
     def glimpse(self, z):
-        """(..., latent_dim) -> (..., 9 * kinds): the 3 x 3 patches around what moves."""
-        maps = self.unfold(z).detach()  # so that training_loss alone decides what is on the map
+        """(..., latent_dim) -> (..., 9 * features): the 3 x 3 patches around what moves."""
+        maps = self.unfold(z).detach()  # so that layout_errors alone decide what is on the map
         # Pointers at the row after, at and before the place, and so for columns: (..., 3, rows).
         row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
                        for x in self.point(z))
-        near = (row @ maps).unflatten(-1, (-1, self.kinds))     # (..., 3, columns, kinds)
-        return (column.unsqueeze(-3) @ near).flatten(-3)                # (..., 3 * 3 * kinds)
+        near = (row @ maps).unflatten(-1, (-1, self.features))  # (..., 3, columns, features)
+        return (column.unsqueeze(-3) @ near).flatten(-3)                # (..., 3 * 3 * features)
 
     def end(self, glimpse):
-        """(..., 9 * kinds) -> (...): logit of "the episode ends here", from the features of the
+        """(..., 9 * features) -> (...): logit of "the episode ends here", from the features of the
         patch in the middle, which are the same for a goal anywhere.
 
         Reads the glimpse without training it: the few ends would bend the pointers.
         """
-        here = self.to_patch(glimpse.unflatten(-1, (9, -1))[..., 4, :]).detach()
+        here = glimpse.unflatten(-1, (9, -1))[..., 4, :].detach()
         return here @ self.end_weight + self.end_bias
 
     def forward(self, z, action, glimpse=None):
@@ -217,7 +234,7 @@ class LatentDynamics(nn.Module):
         seen = [moving, self.to_context(still), self.action_embedding(action), glimpse]
         shape = torch.broadcast_shapes(z.shape[:-1], action.shape)
         change = self.mlp(torch.cat([x.expand(*shape, -1) for x in seen], -1))
-        return F.normalize(z * self.scale + change, dim=-1)
+        return to_spheres(z * self.scale + change, self.split[0], self.spheres)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,7 +249,8 @@ class JEPAWorldModel(nn.Module):
     encoder is an exponential moving average (EMA) of the online one and gets no gradient.
 
     Args:
-        in_channels, latent_dim, image_size, patch_size, channels, moving_dim: see ConvEncoder.
+        in_channels, latent_dim, image_size, patch_size, channels, moving_dim, features, spheres:
+            see ConvEncoder.
         num_actions: actions are integers below it.
         hidden_dim: width of the dynamics' two hidden layers.
 
@@ -243,21 +261,31 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, moving_dim=48, hidden_dim=512):
+                 patch_size=8, channels=24, moving_dim=48, features=4, hidden_dim=512,
+                 spheres=1):
         super().__init__()
         self.arguments = {
             "in_channels": in_channels, "latent_dim": latent_dim, "num_actions": num_actions,
             "image_size": tuple(image_size), "patch_size": patch_size, "channels": channels,
-            "moving_dim": moving_dim, "hidden_dim": hidden_dim,
+            "moving_dim": moving_dim, "features": features, "hidden_dim": hidden_dim,
+            "spheres": spheres,
         }
         self.latent_dim = latent_dim
         self.moving_dim = moving_dim
         self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
-                                   moving_dim)
+                                   moving_dim, features, spheres)
         grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim, moving_dim=moving_dim,
-                                       grid=grid, channels=channels)
+                                       grid=grid, features=features, spheres=spheres)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def split_spheres(self):
+        """From now on, the moving part of the latents and the still one are each on a sphere of
+        their own: neither can outgrow the other, and an error in one leaves the other alone."""
+        self.arguments["spheres"] = 2
+        for module in self.modules():
+            if hasattr(module, "spheres"):
+                module.spheres = 2
 
     def encode_tiles(self, tiles, index, target=False):
         """As encode or encode_target, for images made of a few distinct tiles: see from_tiles."""

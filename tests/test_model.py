@@ -21,6 +21,7 @@ from world_model_jepa import (
     latent_spread,
     load_checkpoint,
     save_checkpoint,
+    to_spheres,
 )
 
 
@@ -210,18 +211,37 @@ def test_dynamics_start_near_identity():
     assert (predicted * z).sum(1).min() > math.cos(0.5)
 
 
+def test_each_part_gets_a_sphere_of_its_own():
+    z = torch.randn(5, 128)
+    torch.testing.assert_close(to_spheres(z, 48, 1), F.normalize(z, dim=1))
+    parts = to_spheres(z, 48).split([48, 80], 1)
+    for part, was in zip(parts, z.split([48, 80], 1)):
+        torch.testing.assert_close(part.norm(dim=1), torch.full((5,), (part.shape[1] / 128)**0.5))
+        torch.testing.assert_close(F.normalize(part, dim=1), F.normalize(was, dim=1))
+    model, (_, _, pixels) = JEPAWorldModel(), images(5)
+    whole = model.encode(pixels)
+    model.split_spheres()
+    still = model.encode_target(pixels)[:, 48:]
+    torch.testing.assert_close(still, to_spheres(whole, 48)[:, 48:])
+    again = JEPAWorldModel(**model.arguments).eval()
+    again.load_state_dict(model.state_dict())
+    z_next = again.predict_next(again.encode(pixels), torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(again.encode(pixels)[:, 48:], still)
+    torch.testing.assert_close(z_next[:, 48:].norm(dim=1), torch.full((5,), (80 / 128) ** 0.5))
+
+
 @pytest.mark.parametrize("row, column", [(0, 0), (3, 5), (7, 2)])
 def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, column):
     dynamics = JEPAWorldModel().dynamics
-    kinds = dynamics.kinds
+    features = dynamics.features
     with torch.no_grad():
         for layer in (dynamics.to_row, dynamics.to_column, dynamics.to_map):
             layer.weight.zero_()
             layer.bias.zero_()
         dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
         dynamics.to_map.bias.normal_()
-        maps = dynamics.to_map.bias.tanh().view(8, 8, kinds)
-        seen = dynamics.glimpse(F.normalize(torch.randn(2, 3, 128), dim=-1)).view(2, 3, 3, 3, kinds)
+        maps = dynamics.to_map.bias.view(8, 8, features)
+        seen = dynamics.glimpse(torch.randn(2, 3, 128)).view(2, 3, 3, 3, features)
     padded = F.pad(maps, (0, 0, 1, 1, 1, 1))  # nothing stands beyond the border
     expected = padded[row:row + 3, column:column + 3].flip(0, 1)  # last row, last column first
     torch.testing.assert_close(seen, expected.expand(2, 3, -1, -1, -1))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import collect_minigrid_data
 import train_jepa
 from tests.conftest import REPO
-from world_model_jepa import load_checkpoint, read_checkpoint
+from world_model_jepa import load_checkpoint, read_checkpoint, to_spheres
 
 WEIGHTS = [n for n in vars(train_jepa) if n.endswith("_WEIGHT")]
 
@@ -84,12 +84,13 @@ def test_without_the_terms_the_loss_is_the_tutorials(workshop, monkeypatch):
     for name in WEIGHTS:
         monkeypatch.setattr(train_jepa, name, 0.0)
     monkeypatch.setattr(train_jepa, "ERROR_FOCUS", 0.0)
-    for name in ("pointer_errors", "map_errors"):
+    for name in ("pointer_errors", "layout_errors"):
         monkeypatch.setattr(train_jepa, name, lambda *_: torch.zeros(1))  # they train no latent
     data = train_jepa.load_data(collect_minigrid_data.data_path())
     model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
     batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 1, 16, 0)))
-    loss, printed = train_jepa.training_loss(model, tiles, batch["tiles"], batch["actions"])
+    loss, printed = train_jepa.training_loss(model, tiles, train_jepa.tile_odds(data),
+                                             batch["tiles"], batch["actions"])
     frames = train_jepa.to_float(data.frames(batch["frame_index"]))
     expected, _, _ = model(frames[:, 0], frames[:, 1], batch["actions"][:, 0])
     torch.testing.assert_close(printed, expected)
@@ -100,9 +101,9 @@ def test_training_writes_a_model_and_a_picture(workshop, capsys):
     train_jepa.main()
     out = capsys.readouterr().out
     assert out.startswith("Using device: ")
-    assert "Epoch 05 finished | Mean Loss 0." in out and "hit@1" in out and "(copy 0.00)" in out
+    assert "Epoch 07 finished | Mean Loss 0." in out and "hit@1" in out and "(copy 0.00)" in out
     contents = read_checkpoint(workshop / "jepa_world_model.pt")
-    assert contents["epoch"] == 5 and len(contents["history"]) == 5
+    assert contents["epoch"] == 7 and len(contents["history"]) == 7
     assert contents["data"]["metadata"]["env_id"] == "MiniGrid-Empty-5x5-v0"
     assert (workshop / "loss.png").read_bytes().startswith(b"\x89PNG")
     data = train_jepa.load_data(collect_minigrid_data.data_path())
@@ -130,7 +131,7 @@ def test_accelerated_training_learns_the_same(workshop, monkeypatch, compiled):
     monkeypatch.setattr(train_jepa, "COMPILE", compiled)
     monkeypatch.setattr(torch, "compile", lambda loss: compile_(loss, backend="eager"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: not compiled)
-    monkeypatch.setattr(torch, "autocast", lambda _, dtype: autocast("cpu", dtype))
+    monkeypatch.setattr(torch, "autocast", lambda _, *a, **k: autocast("cpu", *a, **k))
     monkeypatch.setattr(train_jepa, "accelerated",
                         lambda loss, _: accelerated(loss, torch.device("cuda")))
     path.unlink()
@@ -140,7 +141,7 @@ def test_accelerated_training_learns_the_same(workshop, monkeypatch, compiled):
         assert (now["loss"] == was["loss"]) == compiled  # bfloat16 rounds
 
 
-@pytest.mark.parametrize("stopped", [1, 3, 4])  # mid-way, as the encoder comes to rest, after
+@pytest.mark.parametrize("stopped", [1, 3, 4, 5, 6])  # within and between the stages
 def test_same_seed_same_weights_and_resuming_changes_nothing(workshop, monkeypatch, capsys,
                                                              stopped):
     path = workshop / "jepa_world_model.pt"
@@ -161,7 +162,7 @@ def test_same_seed_same_weights_and_resuming_changes_nothing(workshop, monkeypat
     assert not equal(weights(path), whole)
     monkeypatch.setattr(train_jepa, "save_checkpoint", save)
     train_jepa.main()
-    assert f"Going on from epoch {stopped} of 5" in capsys.readouterr().out
+    assert f"Going on from epoch {stopped} of 7" in capsys.readouterr().out
     assert equal(weights(path), whole)
 
 
@@ -183,7 +184,8 @@ def test_another_run_never_loses_the_old_checkpoint(workshop, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("name, value", [
-    ("EPOCHS", 0), ("BATCH_SIZE", -1), ("DYNAMICS_EPOCHS", 1.5), ("OBJECTIVE", "pixels"),
+    ("EPOCHS", 0), ("BATCH_SIZE", -1), ("DYNAMICS_EPOCHS", 1.5), ("LAYOUT_EPOCHS", -1),
+    ("OBJECTIVE", "pixels"),
     ("MOVING_DIM", 128), ("EMA_MOMENTUM", 1.0), ("LEARNING_RATE", 0), ("WINDOW", 10_000),
 ])
 def test_impossible_constants_are_one_sentence(workshop, monkeypatch, name, value):
@@ -202,7 +204,7 @@ def test_an_exploding_loss_stops_the_run(workshop, monkeypatch):
 
 def test_the_chain_from_an_empty_folder(tmp_path):
     small = {"ENV_ID": "MiniGrid-Empty-5x5-v0", "NUM_EPISODES": 60, "EPOCHS": 2,
-             "DYNAMICS_EPOCHS": 1}
+             "LAYOUT_EPOCHS": 0, "DYNAMICS_EPOCHS": 1}
     done = run("train_jepa.py", tmp_path, **small)
     assert done.returncode == 0, done.stderr
     assert "collecting it first" in done.stdout and "Epoch 03 finished" in done.stdout
@@ -258,14 +260,68 @@ def test_the_glimpse_learns_without_touching_the_latents(workshop):
     data = train_jepa.load_data(collect_minigrid_data.data_path())
     model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
     batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 4, 8, 0)))
-    frames = batch["tiles"]
+    frames, odds = batch["tiles"], train_jepa.tile_odds(data)
     z, profiles = (x.unflatten(0, frames.shape[:2])
                    for x in model.encoder.from_tiles(tiles, frames.flatten(0, 1)))
     (train_jepa.pointer_errors(model, z, profiles, profiles.mean((0, 1))).mean()
-     + train_jepa.map_errors(model, z[:, 0], tiles, frames[:, 0]).mean()).backward()
+     + train_jepa.layout_errors(model, z[:, 0].detach(), model.encoder.look(tiles)[1].flatten(1),
+                                odds, frames[:, 0], frames[:, 0] >= 0).mean()).backward()
     taught = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    layers = ("to_row", "to_column", "to_map", "to_patch")
+    layers = ("to_row", "to_column", "to_map")
     assert taught == {f"dynamics.{x}.{y}" for x in layers for y in ("weight", "bias")}
+
+
+def test_layout_errors_are_of_places_that_are_told_wrong(workshop):
+    data = train_jepa.load_data(collect_minigrid_data.data_path())
+    model, odds = train_jepa.new_model(data), train_jepa.tile_odds(data)
+    count = np.bincount(data.frame_tiles.flatten(), minlength=len(data.tiles))
+    assert odds.sum() == pytest.approx(1) and odds.argmax() == count.argmax()
+    what = torch.randn(len(data.tiles), 4, generator=torch.Generator().manual_seed(0))
+    white = train_jepa.whitened(what)
+    assert white.mean(0).abs().max() < 1e-5 and white.square().mean() == pytest.approx(1, abs=0.1)
+    frames = data.frame_tiles[:3].int()
+    stays = torch.ones(frames.shape, dtype=torch.bool)
+
+    def error(shown, stays=stays):  # of a map that shows these features
+        model.dynamics.unfold = lambda z: shown.flatten(2)
+        return train_jepa.layout_errors(model, torch.zeros(3, 128), what, odds, frames, stays)
+
+    right = white[frames]
+    assert error(right).abs().max() < 1e-4
+    wrong, other = right.clone(), (frames[1, 2, 3] + 1) % len(what)
+    wrong[1, 2, 3] = white[other]
+    assert (error(wrong) > 0.01).tolist() == [False, True, False]
+    stays[1, 2, 3] = False  # as where the agent has been
+    assert error(wrong, stays).abs().max() < 1e-4
+    what[other] = what[frames[1, 2, 3]]  # looks the same to the encoder
+    stays[:], white = True, train_jepa.whitened(what)
+    wrong = white[frames]
+    wrong[1, 2, 3] = white[other]
+    assert error(wrong).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("objective", ["jepa", "reconstruction"])
+def test_the_layout_stage_moves_nothing_but_the_readout(workshop, monkeypatch, objective):
+    monkeypatch.setattr(train_jepa, "OBJECTIVE", objective)
+    data = train_jepa.load_data(collect_minigrid_data.data_path())
+    torch.manual_seed(0)
+    model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
+    frames = data.frame_tiles[:50].int()
+    model.split_spheres()
+    before = model.encode_tiles(tiles, frames)
+    stage = train_jepa.LayoutStage(model, data, np.unique(data.episode))
+    torch.testing.assert_close(model.encode_tiles(tiles, frames), before, rtol=0, atol=1e-5)
+    optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
+    for epoch in range(10):
+        for loss, printed in stage.losses(epoch):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(printed.item())
+    taught = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert taught == {f"{n}.{x}" for x in ("weight", "bias") for n in (
+        ["dynamics.to_map"] + ["encoder.still"] * (objective == "jepa"))}
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
 def test_what_ends_an_episode_ends_it_for_good(workshop):
@@ -287,15 +343,16 @@ def test_what_ends_an_episode_ends_it_for_good(workshop):
 def test_errors_of_the_still_part_pass_through(workshop, monkeypatch):
     model = train_jepa.new_model(train_jepa.load_data(collect_minigrid_data.data_path()))
     torch.manual_seed(0)
-    z = F.normalize(torch.randn(64, 128), dim=1)
+    model.split_spheres()
+    z = to_spheres(torch.randn(64, 128), model.moving_dim)
     monkeypatch.setattr(model.dynamics, "forward", lambda start, *_: start)  # changes nothing
     still = model.moving_dim + torch.arange(80)
     arguments = torch.zeros(64, dtype=torch.long), z, torch.zeros(64, dtype=torch.bool)
     for dims, passes in ((still, True), (torch.arange(model.moving_dim), False)):
         start = z.clone()
         start[:, dims] += 0.02 * torch.randn(64, len(dims))
-        _, error, predicted = train_jepa.dynamics_loss(model, z, F.normalize(start, dim=1),
-                                                       *arguments)
+        _, error, predicted = train_jepa.dynamics_loss(
+            model, z, to_spheres(start, model.moving_dim), *arguments)
         assert ((error < 2e-3) if passes else (error > 5e-3)).all() and predicted.shape == z.shape
 
 
@@ -326,7 +383,7 @@ def test_dreams_follow_their_transitions(workshop):
 
 def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
     model = train_jepa.new_model(train_jepa.load_data(collect_minigrid_data.data_path()))
-    z, actions = F.normalize(torch.randn(64, 128), dim=1), torch.zeros(64, dtype=torch.long)
+    z, actions = to_spheres(torch.randn(64, 128), 48), torch.zeros(64, dtype=torch.long)
     torch.nn.init.normal_(model.dynamics.end_weight)
     gradients = []
     for ended in (torch.zeros(64, dtype=torch.bool), torch.arange(64) < 32):
@@ -338,7 +395,8 @@ def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
     assert changed == {"dynamics.end_weight", "dynamics.end_bias"}
 
 
-TWO = {"ENV_ID": "MiniGrid-FourRooms-v0", "NUM_EPISODES": 300, "EPOCHS": 1, "DYNAMICS_EPOCHS": 1,
+TWO = {"ENV_ID": "MiniGrid-FourRooms-v0", "NUM_EPISODES": 300, "EPOCHS": 1, "LAYOUT_EPOCHS": 1,
+       "DYNAMICS_EPOCHS": 1,
        "LEARNING_RATE": 1e-3, "SHARD_TRANSITIONS": 2000}
 
 
@@ -361,17 +419,22 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         f"shard_0000{k}.npz" for k in range(3)}
 
 
-def test_gradients_of_the_parts_add_up(monkeypatch, workshop):
+@pytest.mark.parametrize("layout", [False, True])
+def test_gradients_of_the_parts_add_up(monkeypatch, workshop, layout):
     """Each of two processes finds its part of the gradient; gather is told what the other has."""
     data = train_jepa.load_data(collect_minigrid_data.data_path())
     torch.manual_seed(0)
     model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
     batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 4, 16, 0)))
-    frames, actions = batch["tiles"], batch["actions"]
+    frames, actions, odds = batch["tiles"], batch["actions"], train_jepa.tile_odds(data)
+    what = model.encoder.look(tiles)[1].flatten(1).detach()
 
     def gradients(frames, actions):
         model.zero_grad()
-        loss, printed = train_jepa.training_loss(model, tiles, frames, actions)
+        if layout:
+            loss, printed = train_jepa.layout_loss(model, what, odds, frames)
+        else:
+            loss, printed = train_jepa.training_loss(model, tiles, odds, frames, actions)
         loss.backward()
         return loss, printed, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -415,7 +478,7 @@ def test_a_run_that_lost_a_process_goes_on_with_any_number(tmp_path):
     epoch = read_checkpoint(tmp_path / "jepa_world_model.pt")["epoch"]
     assert epoch in (1, 2)  # the other process may have been quicker
     done = run("train_jepa.py", tmp_path)
-    assert done.returncode == 0 and f"Going on from epoch {epoch} of 3" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"Going on from epoch {epoch} of 4" in done.stdout, done.stderr
 
 
 def test_processes_that_cannot_share_a_batch(tmp_path):

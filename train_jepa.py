@@ -63,7 +63,7 @@ WINDOW = 8                  # transitions a window: WINDOW + 1 frames are encode
 DYNAMICS_BATCH_SIZE = 1024  # transitions a batch of DYNAMICS_EPOCHS
 DYNAMICS_TRANSITIONS = 250_000  # at most so many are learnt from there, the first ones
 LEARNING_RATE = 5e-3        # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
-MAP_RATE = 4                # times LEARNING_RATE: of the dynamics' map, and of LAYOUT_EPOCHS
+MAP_RATE = 4                # times LEARNING_RATE: of the dynamics' map, in EPOCHS
 WEIGHT_DECAY = 1e-4
 EMA_MOMENTUM = 0.99         # of the target encoder, per step
 DYNAMICS_NOISE = 0.3        # largest size of the noise in DYNAMICS_EPOCHS; latents have size 1
@@ -632,13 +632,12 @@ def train(data, path, device):
         stage = stages[epoch - 1](model, data, train_episodes)
         ends = model.dynamics.end_weight, model.dynamics.end_bias
         linear = [*model.dynamics.to_map.parameters(), *ends]
-        if isinstance(stage, LayoutStage):
-            linear += model.encoder.still.parameters()
         others = [p for p in parameters if not any(p is q for q in linear)]
         optimizer = torch.optim.AdamW([{"params": others}, {"params": linear}], LEARNING_RATE,
                                       weight_decay=WEIGHT_DECAY, fused=True)
+        rate = 1 if isinstance(stage, LayoutStage) else MAP_RATE
         return stage, optimizer, torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, [LEARNING_RATE, MAP_RATE * LEARNING_RATE],
+            optimizer, [LEARNING_RATE, rate * LEARNING_RATE],
             total_steps=stage.epochs * stage.steps, pct_start=0.1)
 
     done, step, history, best = 0, 0, [], None

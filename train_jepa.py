@@ -63,7 +63,7 @@ WINDOW = 8                  # transitions a window: WINDOW + 1 frames are encode
 DYNAMICS_BATCH_SIZE = 1024  # transitions a batch of DYNAMICS_EPOCHS
 DYNAMICS_TRANSITIONS = 250_000  # at most so many are learnt from there, the first ones
 LEARNING_RATE = 5e-3        # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
-MAP_RATE = 4                # times LEARNING_RATE: of the dynamics' map, in EPOCHS
+MAP_RATE = 4                # times LEARNING_RATE: of the linear readouts, but for LAYOUT_EPOCHS
 WEIGHT_DECAY = 1e-4
 EMA_MOMENTUM = 0.99         # of the target encoder, per step
 DYNAMICS_NOISE = 0.3        # largest size of the noise in DYNAMICS_EPOCHS; latents have size 1
@@ -540,8 +540,7 @@ class JointStage:
 
 class LayoutStage(JointStage):
     """LAYOUT_EPOCHS passes for the readout of the layout alone: `encoder.still`, and the map that
-    the dynamics unfold from it. What a tile looks like to the encoder is at rest by now, and known
-    to be the same in the light and in the dark; so these passes are cheap, and soon exact."""
+    the dynamics unfold from it. What a tile looks like to the encoder is at rest by now."""
 
     def __init__(self, model, data, episodes):
         super().__init__(model, data, episodes)

@@ -172,6 +172,7 @@ class LatentDynamics(nn.Module):
         features: numbers a patch that the map holds, and that are looked at.
         context_dim: size of a summary of the still part that the MLP also sees. Not all of it: the
             MLP would learn layouts by heart.
+        spheres: see ConvEncoder.
     """
 
     sharpness = 8.0  # of the pointers: latents have size 1, and the right place must win clearly

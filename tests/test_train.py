@@ -396,8 +396,7 @@ def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
 
 
 TWO = {"ENV_ID": "MiniGrid-FourRooms-v0", "NUM_EPISODES": 300, "EPOCHS": 1, "LAYOUT_EPOCHS": 1,
-       "DYNAMICS_EPOCHS": 1,
-       "LEARNING_RATE": 1e-3, "SHARD_TRANSITIONS": 2000}
+       "DYNAMICS_EPOCHS": 1, "LEARNING_RATE": 1e-3, "SHARD_TRANSITIONS": 2000}
 
 
 def test_two_processes_learn_what_one_learns(tmp_path):

@@ -87,7 +87,7 @@ class ConvEncoder(nn.Module):
     """
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
-                 channels=24, moving_dim=48, features=4, spheres=1):
+                 channels=24, moving_dim=44, features=4, spheres=1):
         super().__init__()
         self.spheres = spheres
         height, width = image_size
@@ -177,7 +177,7 @@ class LatentDynamics(nn.Module):
 
     sharpness = 8.0  # of the pointers: latents have size 1, and the right place must win clearly
 
-    def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, action_dim=16, moving_dim=48,
+    def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, action_dim=16, moving_dim=44,
                  grid=(8, 8), features=4, context_dim=16, spheres=1):
         super().__init__()
         self.spheres = spheres
@@ -262,7 +262,7 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, moving_dim=48, features=4, hidden_dim=512,
+                 patch_size=8, channels=24, moving_dim=44, features=4, hidden_dim=512,
                  spheres=1):
         super().__init__()
         self.arguments = {

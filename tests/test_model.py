@@ -213,21 +213,21 @@ def test_dynamics_start_near_identity():
 
 def test_each_part_gets_a_sphere_of_its_own():
     z = torch.randn(5, 128)
-    torch.testing.assert_close(to_spheres(z, 48, 1), F.normalize(z, dim=1))
-    parts = to_spheres(z, 48).split([48, 80], 1)
-    for part, was in zip(parts, z.split([48, 80], 1)):
+    torch.testing.assert_close(to_spheres(z, 44, 1), F.normalize(z, dim=1))
+    parts = to_spheres(z, 44).split([44, 84], 1)
+    for part, was in zip(parts, z.split([44, 84], 1)):
         torch.testing.assert_close(part.norm(dim=1), torch.full((5,), (part.shape[1] / 128)**0.5))
         torch.testing.assert_close(F.normalize(part, dim=1), F.normalize(was, dim=1))
     model, (_, _, pixels) = JEPAWorldModel(), images(5)
     whole = model.encode(pixels)
     model.split_spheres()
-    still = model.encode_target(pixels)[:, 48:]
-    torch.testing.assert_close(still, to_spheres(whole, 48)[:, 48:])
+    still = model.encode_target(pixels)[:, 44:]
+    torch.testing.assert_close(still, to_spheres(whole, 44)[:, 44:])
     again = JEPAWorldModel(**model.arguments).eval()
     again.load_state_dict(model.state_dict())
     z_next = again.predict_next(again.encode(pixels), torch.zeros(5, dtype=torch.long))
-    torch.testing.assert_close(again.encode(pixels)[:, 48:], still)
-    torch.testing.assert_close(z_next[:, 48:].norm(dim=1), torch.full((5,), (80 / 128) ** 0.5))
+    torch.testing.assert_close(again.encode(pixels)[:, 44:], still)
+    torch.testing.assert_close(z_next[:, 44:].norm(dim=1), torch.full((5,), (84 / 128) ** 0.5))
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (3, 5), (7, 2)])

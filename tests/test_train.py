@@ -383,7 +383,7 @@ def test_dreams_follow_their_transitions(workshop):
 
 def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
     model = train_jepa.new_model(train_jepa.load_data(collect_minigrid_data.data_path()))
-    z, actions = to_spheres(torch.randn(64, 128), 48), torch.zeros(64, dtype=torch.long)
+    z, actions = to_spheres(torch.randn(64, 128), model.moving_dim), torch.zeros(64, dtype=torch.long)
     torch.nn.init.normal_(model.dynamics.end_weight)
     gradients = []
     for ended in (torch.zeros(64, dtype=torch.bool), torch.arange(64) < 32):

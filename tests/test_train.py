@@ -90,7 +90,8 @@ def test_without_the_terms_the_loss_is_the_tutorials(workshop, monkeypatch):
     model, tiles = train_jepa.new_model(data), train_jepa.to_float(data.tiles)
     batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 1, 16, 0)))
     loss, printed = train_jepa.training_loss(model, tiles, train_jepa.tile_odds(data),
-                                             batch["tiles"], batch["actions"])
+                                             batch["tiles"], batch["actions"],
+                                             torch.nn.Linear(model.moving_dim, len(tiles)))
     frames = train_jepa.to_float(data.frames(batch["frame_index"]))
     expected, _, _ = model(frames[:, 0], frames[:, 1], batch["actions"][:, 0])
     torch.testing.assert_close(printed, expected)
@@ -381,9 +382,19 @@ def test_dreams_follow_their_transitions(workshop):
     assert (stage.order(2) == 7).float().mean() == pytest.approx(0.5, abs=0.01)
 
 
+def test_tile_errors_ask_which_tiles_are_anywhere_however_few():
+    frames = torch.zeros(2, 3, 3, dtype=torch.int16)
+    frames[0, 1, 2], frames[1, 0] = 2, 1                      # tile 0 in both, 2 and 1 in one each
+    sure = 20 * torch.tensor([[1.0, -1, 1], [1, 1, -1]])
+    assert train_jepa.tile_errors(sure, frames).max() < 1e-6
+    sure[0, 2] *= -1                                          # one tile of one place denied
+    torch.testing.assert_close(train_jepa.tile_errors(sure, frames), torch.tensor([20.0, 0.0]))
+
+
 def test_where_the_episode_ends_is_learnt_beside_the_rest(workshop):
     model = train_jepa.new_model(train_jepa.load_data(collect_minigrid_data.data_path()))
-    z, actions = to_spheres(torch.randn(64, 128), model.moving_dim), torch.zeros(64, dtype=torch.long)
+    z = to_spheres(torch.randn(64, 128), model.moving_dim)
+    actions = torch.zeros(64, dtype=torch.long)
     torch.nn.init.normal_(model.dynamics.end_weight)
     gradients = []
     for ended in (torch.zeros(64, dtype=torch.bool), torch.arange(64) < 32):
@@ -427,13 +438,14 @@ def test_gradients_of_the_parts_add_up(monkeypatch, workshop, layout):
     batch = next(iter(train_jepa.WindowBatches(data, np.unique(data.episode), 4, 16, 0)))
     frames, actions, odds = batch["tiles"], batch["actions"], train_jepa.tile_odds(data)
     what = model.encoder.look(tiles)[1].flatten(1).detach()
+    to_tiles = torch.nn.Linear(model.moving_dim, len(tiles))
 
     def gradients(frames, actions):
         model.zero_grad()
         if layout:
             loss, printed = train_jepa.layout_loss(model, what, odds, frames)
         else:
-            loss, printed = train_jepa.training_loss(model, tiles, odds, frames, actions)
+            loss, printed = train_jepa.training_loss(model, tiles, odds, frames, actions, to_tiles)
         loss.backward()
         return loss, printed, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 

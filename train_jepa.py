@@ -5,7 +5,7 @@
 Reads the data file of collect_minigrid_data.py (and collects it first where it is missing).
 Writes jepa_world_model.pt (or reconstruction_world_model.pt) and loss.png beside this script.
 Run again after an interruption, it goes on from the last epoch that was saved.
-Takes two minutes on 2 cores of a server CPU, collecting included, and 0.8 GB of memory.
+Takes two to three minutes on 2 cores of a server CPU, collecting included, and 0.8 GB of memory.
 
     torchrun --nproc-per-node=2 train_jepa.py
 

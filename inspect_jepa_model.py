@@ -56,8 +56,8 @@ HORIZON = 20             # steps of a rollout
 PROBE_LAYOUTS = 12000    # layouts whose first frame the probes learn on, at least
 LAYOUTS_A_CELL = 64      # and so many times the cells of the grid: each cell is a part of the room
 PROBE_EPISODES = 800     # and 10 frames from episodes in each of these: doors and keys change there
-PROBE_L2 = 1e-5          # their penalty
-PROBE_STEPS = 60         # and their iterations of L-BFGS
+PROBE_L2 = 1e-5          # penalty of the probes' weights
+PROBE_STEPS = 60         # iterations of L-BFGS that a probe learns for
 PIXEL_DIMS = 512         # principal components of the pixels: 99.6 % of FourRooms' variance
 
 HERE = Path(__file__).resolve().parent

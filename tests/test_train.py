@@ -98,6 +98,34 @@ def test_without_the_terms_the_loss_is_the_tutorials(workshop, monkeypatch):
     torch.testing.assert_close(loss, expected * train_jepa.LATENT_DIM)
 
 
+def test_filters_start_with_faint_tiles_as_far_apart_as_bright_ones():
+    tiles = torch.zeros(6, 3, 4, 4)
+    tiles[1, :, 2:] = 11 / 255                                          # a door in the dark
+    tiles[2:] = torch.tensor([76, 100, 146, 255]).view(4, 1, 1, 1) / 255
+    torch.manual_seed(0)
+
+    def apart(filters, bias):
+        """Responses, and how far the dark tiles' are apart as a share of the largest distance."""
+        seen = torch.nn.functional.conv2d(tiles - 0.5, filters, bias).flatten(1)
+        return seen, ((seen[0] - seen[1]).norm() / torch.pdist(seen).max()).item()
+
+    usual = torch.nn.Conv2d(3, 48, 4)
+    seen, share = apart(*train_jepa.whitened_filters(48, tiles))
+    assert share > 0.5 and seen.mean(0).abs().max() < 1e-4
+    assert apart(usual.weight, usual.bias)[1] < 0.05
+    for value in train_jepa.whitened_filters(48, tiles[:1]):            # nothing to tell apart
+        assert (value == 0).all()
+
+
+def test_training_starts_from_whitened_filters(workshop):
+    data = train_jepa.load_data(collect_minigrid_data.data_path())
+    model = train_jepa.new_model(data)
+    seen = model.encoder.convolution(train_jepa.to_float(data.tiles) - 0.5).flatten(1)
+    assert seen.mean(0).abs().max() < 1e-3 and seen.std() > 0.5
+    for own, target in zip(model.encoder.parameters(), model.target_encoder.parameters()):
+        assert torch.equal(own, target)
+
+
 def test_training_writes_a_model_and_a_picture(workshop, capsys):
     train_jepa.main()
     out = capsys.readouterr().out

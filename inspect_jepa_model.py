@@ -56,8 +56,9 @@ HORIZON = 20             # steps of a rollout
 PROBE_LAYOUTS = 12000    # layouts whose first frame the probes learn on, at least
 LAYOUTS_A_CELL = 64      # and so many times the cells of the grid: each cell is a part of the room
 PROBE_EPISODES = 800     # and 10 frames from episodes in each of these: doors and keys change there
-PROBE_L2 = 1e-5          # penalty of the probes' weights
-PROBE_STEPS = 60         # iterations of L-BFGS that a probe learns for
+PROBE_EPOCHS = 16        # passes over these frames that a probe learns for
+PROBE_BATCH = 250        # frames a batch
+PROBE_RATE = 0.03        # of Adam, falling to 0 along a cosine; on whitened latents
 PIXEL_DIMS = 512         # principal components of the pixels: 99.6 % of FourRooms' variance
 
 HERE = Path(__file__).resolve().parent
@@ -285,7 +286,8 @@ def softmax_probe(z, y, num_classes):
 
     z (N, D) latents, y (N, parts) int64 classes: an independent softmax for each part. It learns on
     whitened latents, an invertible linear map that makes nothing more linear than it was; without
-    it a goal that is there (.97) was read at .77, the rest lost in slow convergence.
+    it a goal that is there (.97) was read at .77, the rest lost in slow convergence. Small batches
+    read as much as L-BFGS on all rows, in a third of the time.
     """
     mean, parts = z.mean(0), y.shape[1]
     centred = (z - mean).cpu().double()
@@ -293,28 +295,24 @@ def softmax_probe(z, y, num_classes):
     kept = variance > 1e-12 * variance[-1]                              # the rest is rounding
     whiten = (axes[:, kept] / variance[kept].sqrt()).float().to(z.device)
 
-    def whitened(z):
-        return F.pad((z - mean) @ whiten, (0, 1), value=1)              # the 1 carries the bias
+    def scores(z, weights):
+        x = F.pad((z - mean) @ whiten, (0, 1), value=1)                 # the 1 carries the bias
+        return (x @ weights).unflatten(1, (num_classes, parts))
 
-    x = whitened(z)
-    weights = x.new_zeros(x.shape[1], num_classes * parts, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=PROBE_STEPS, line_search_fn="strong_wolfe")
-
-    def loss():
+    weights = z.new_zeros(whiten.shape[1] + 1, num_classes * parts, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], PROBE_RATE, (0.9, 0.95), fused=True)
+    order = torch.Generator().manual_seed(0)
+    batches = [rows for _ in range(PROBE_EPOCHS)
+               for rows in torch.randperm(len(z), generator=order).split(PROBE_BATCH)]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    for rows in batches:
+        rows = rows.to(z.device)
         optimizer.zero_grad()
-        total = PROBE_L2 * weights[:-1].square().sum()
-        total.backward()
-        for some, true in zip(x.split(1000), y.split(1000)):            # these fit into the cache
-            scores = (some @ weights).unflatten(1, (num_classes, parts))
-            part = F.cross_entropy(scores.squeeze(2), true.squeeze(1), reduction="sum") / len(x)
-            part.backward()
-            total = total + part.detach()
-        return total
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    weights = weights.detach()
-    return lambda z: (whitened(z) @ weights).unflatten(1, (num_classes, parts)).argmax(1)
+        with torch.enable_grad():
+            F.cross_entropy(scores(z[rows], weights).squeeze(2), y[rows].squeeze(1)).backward()
+        optimizer.step()
+        schedule.step()
+    return lambda z: scores(z, weights.detach()).argmax(1)
 
 
 def collect_probe_data(encoders, world, seed, meta, device):

@@ -121,7 +121,8 @@ def test_training_starts_from_whitened_filters(workshop):
     data = train_jepa.load_data(collect_minigrid_data.data_path())
     model = train_jepa.new_model(data)
     seen = model.encoder.convolution(train_jepa.to_float(data.tiles) - 0.5).flatten(1)
-    assert seen.mean(0).abs().max() < 1e-3 and seen.std() > 0.5
+    moving = seen[:, :seen.shape[1] // 2]
+    assert moving.mean(0).abs().max() < 1e-3 and moving.std() > 0.5
     for own, target in zip(model.encoder.parameters(), model.target_encoder.parameters()):
         assert torch.equal(own, target)
 

@@ -27,19 +27,12 @@ CHUNK = 1 << 20  # bytes read, compared and hashed at a time: about what stays i
 PATCH_SIZES = (8, 7, 6, 5, 4, *range(9, 17))  # the first that divides, where metadata name none
 HASH = np.random.default_rng(0).integers(0, 2**63, 64 * 64 * 3 // 8, np.uint64) * 2 + 1
 
-# key: (dtype that holds each wanted value, shape of one transition). The first three are needed,
-# and only probes read the last five.
+# key: (dtype that holds each wanted value, shape of one transition)
 LABELS = {
-    "actions": (np.uint8, ()),
-    "rewards": (np.float32, ()),
-    "dones": (np.bool_, ()),
-    "terminated": (np.bool_, ()),
-    "episode": (np.int64, ()),
-    "truncated": (np.bool_, ()),
-    "agent_pos": (np.int64, (2,)),
-    "agent_dir": (np.int64, ()),
-    "grid": (np.uint8, ("W", "H", 3)),
-    "carrying": (np.uint8, (2,)),
+    "actions": (np.uint8, ()), "rewards": (np.float32, ()), "dones": (np.bool_, ()),  # needed
+    "terminated": (np.bool_, ()), "episode": (np.int64, ()),  # of use in training
+    "truncated": (np.bool_, ()), "agent_pos": (np.int64, (2,)), "agent_dir": (np.int64, ()),
+    "grid": (np.uint8, ("W", "H", 3)), "carrying": (np.uint8, (2,)),  # these five: for probes only
 }
 WANTED = {np.uint8: "whole numbers from 0 to 255", np.int64: "whole numbers",
           np.float32: "finite numbers", np.bool_: "0 or 1"}
@@ -64,6 +57,9 @@ class Transitions:
     path: Path
     digest: str  # sha256 of the file, hex
     metadata: dict  # {} where the file has none
+    image_size: tuple  # (H, W) in pixels
+    patch_size: int  # p
+    num_actions: int  # the world's where the metadata say it, and never fewer than the file takes
     tiles: torch.Tensor  # (M, 3, p, p) uint8, the distinct p x p patches
     frame_tiles: torch.Tensor  # (F, H/p, W/p) uint8 or int32, rows of tiles
     obs_index: torch.Tensor  # (N,) int64, rows of frame_tiles
@@ -81,21 +77,6 @@ class Transitions:
 
     def __len__(self):
         return len(self.actions)
-
-    @property
-    def patch_size(self):
-        return self.tiles.shape[-1]
-
-    @property
-    def image_size(self):
-        """(H, W) in pixels."""
-        return tuple(side * self.patch_size for side in self.frame_tiles.shape[1:])
-
-    @property
-    def num_actions(self):
-        """The world's, where the metadata say it, and never fewer than the file makes use of."""
-        said, used = self.metadata.get("num_actions"), int(self.actions.max()) + 1
-        return max(said, used) if type(said) is int and 1 <= said <= 256 else used
 
     def frames(self, index):
         """Frames by number: integer array or tensor of any shape (...) -> (..., 3, H, W) uint8, on
@@ -124,13 +105,11 @@ def to_float(frames):
 
 # ---------------------------------------------------------------- reading and validating the file
 def load_transitions(npz_path, labels=True):
-    """Read and validate a transition file -> Transitions, if not `labels` without the probes' five,
-    of which `grid` is a kilobyte a transition.
+    """Read and validate a transition file -> Transitions, without the probes' if not `labels`, of
+    which `grid` is a kilobyte a transition.
 
-    Every size is checked against the zip directory before memory is taken for it, and nothing is
-    unpickled, so a damaged or hostile file costs a DataError and no more; that is the one error
-    raised, also for a file that is missing.
-    """
+    Sizes are checked before memory is taken and nothing is unpickled, so a damaged or hostile file
+    costs a DataError and no more, as a missing one does."""
     path, metadata = Path(npz_path), {}
     if not path.exists():
         raise DataError(f"{path} is missing: {COLLECT}")
@@ -149,19 +128,17 @@ def load_transitions(npz_path, labels=True):
 
 def _advice(metadata):
     """What to do next: nobody is told to collect over a file that the collector did not write."""
-    ours = "env_id" in metadata
-    return f"{COLLECT} to write it again" if ours else "write it again with what made it"
+    return COLLECT if "env_id" in metadata else "write it again with what made it"
 
 
 class _Member:
     """One array of the archive, read from front to back, once header and directory agree."""
 
     def __init__(self, archive, key, kinds="biuf"):
-        infos = [info for info in archive.infolist() if info.filename == f"{key}.npy"]
-        ways = [info.compress_type for info in infos]
-        if ways not in ([zipfile.ZIP_STORED], [zipfile.ZIP_DEFLATED]):
-            raise DataError(f"has {len(infos)} members named {key}, wanted one as numpy writes it")
-        self.stream = archive.open(infos[0])
+        info = archive.getinfo(f"{key}.npy")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"has {key} in a compression that numpy does not write")
+        self.stream = archive.open(info)
         # Read as version 1.0, all that numpy writes for plain arrays: its header ends within 64 KB.
         np.lib.format.read_magic(self.stream)
         self.shape, fortran_order, self.dtype = np.lib.format.read_array_header_1_0(self.stream)
@@ -169,31 +146,27 @@ class _Member:
         if self.dtype.kind not in kinds or fortran_order:
             wanted = "text" if kinds == "US" else "numbers"
             raise DataError(f"has {self.text}, wanted plain {wanted} in C order")
-        # The directory may lie too, but not past the file's size, nor deflate's limit of 1032 to 1.
+        if self.dtype == bool:
+            self.dtype = np.dtype(np.uint8)  # a damaged file may hold other bytes than 0 and 1
+        # The directory may lie too, but not past deflate's limit of 1032 to 1 for the whole file.
         size = self.stream.tell() + math.prod(self.shape) * self.dtype.itemsize
-        packed = min(infos[0].compress_size, Path(archive.filename).stat().st_size)
-        if min(self.shape, default=0) < 0 or size != infos[0].file_size or size > 1032 * packed:
+        possible = size <= 1032 * Path(archive.filename).stat().st_size
+        if min(self.shape, default=0) < 0 or size != info.file_size or not possible:
             raise DataError(f"has {self.text} but not the bytes for it")
 
-    def raw(self, shape):
-        """What comes next, as it is; the stream checks its CRC as its last byte is read."""
-        size = math.prod(shape) * self.dtype.itemsize
-        return np.frombuffer(self.stream.read(size), self.dtype).reshape(shape)
-
     def take(self, shape, dtype, wanted, scale=1):
-        """What comes next, times `scale` and as `dtype`, which has to hold each value exactly, or
-        for scaled ones the nearest whole number."""
-        found = self.raw(shape)
-        if found.dtype == bool:
-            found = found.view(np.uint8)  # a damaged file may hold other bytes than 0 and 1
-        elif found.dtype == dtype == np.uint8:
+        """What comes next as `dtype`, which has to hold each value exactly, or times `scale` as the
+        nearest whole number. The stream checks its CRC as its last byte is read."""
+        size = math.prod(shape) * self.dtype.itemsize
+        found = np.frombuffer(self.stream.read(size), self.dtype).reshape(shape)
+        if found.dtype == dtype == np.uint8:
             return found
         with np.errstate(all="ignore"):
             values = found if scale == 1 else np.rint(found * np.float32(scale))
             array = values.astype(dtype)
             good = np.isfinite(array) if dtype is np.float32 else array == values
         if not good.all():
-            raise DataError(f"has {self.text} with values up to {found[~good].max()}, {wanted}")
+            raise DataError(f"has {self.text} with values like {found[~good][0]}, {wanted}")
         return array
 
 
@@ -203,7 +176,7 @@ def _read_metadata(archive):
         return {}
     member = _Member(archive, "metadata", "US")
     try:
-        metadata = json.loads(member.raw(member.shape).item())
+        metadata = json.loads(member.take(member.shape, member.dtype, "").item())
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
@@ -213,6 +186,10 @@ def _read_metadata(archive):
 
 def _read(archive, metadata, keys):
     """The other members, those named in `keys` if they are there -> fields of Transitions."""
+    names = {name.removesuffix(".npy") for name in archive.namelist()}
+    missing = {"obs", "next_obs", "actions", "rewards", "dones"} - names
+    if missing:
+        raise DataError(f"has no {' and no '.join(sorted(missing))}")
     obs, next_obs = _Member(archive, "obs"), _Member(archive, "next_obs")
     N, (H, W) = obs.shape[0], _image_size(obs)
     if N < 1 or (N, (H, W)) != (next_obs.shape[0], _image_size(next_obs)):
@@ -223,15 +200,17 @@ def _read(archive, metadata, keys):
         if p is None or min(H, W) < 16:
             raise DataError(f"has frames of {H} x {W}, wanted RGB images (no symbolic views) of at "
                             "least 16 x 16 pixels, both sides divisible by a number from 4 to 16")
-    arrays = {key: _read_label(_Member(archive, key), key, N) for key in keys
-              if f"{key}.npy" in archive.namelist() or key in ("actions", "rewards", "dones")}
+    arrays = {key: _read_label(_Member(archive, key), key, N) for key in keys if key in names}
     arrays["actions"] = arrays["actions"].astype(np.int64)
+    said, taken = metadata.get("num_actions"), int(arrays["actions"].max()) + 1
+    num_actions = max(said, taken) if type(said) is int and 1 <= said <= 256 else taken
     arrays |= _read_frames(obs, next_obs, H, W, p)
     ends = np.diff(arrays["episode"]) != 0 if "episode" in arrays else arrays["dones"][:-1]
     ends = ends | (arrays["next_obs_index"][:-1] != arrays["obs_index"][1:])
     tensors = ("actions", "rewards", "dones", "tiles", "frame_tiles", "obs_index", "next_obs_index")
     tensors = {key: torch.from_numpy(arrays.pop(key)) for key in tensors}
-    return {**tensors, **arrays, "episode": np.cumsum(np.append(0, ends))}
+    arrays["episode"] = np.cumsum(np.append(0, ends))
+    return {"image_size": (H, W), "patch_size": p, "num_actions": num_actions, **tensors, **arrays}
 
 
 def _read_label(member, key, N):
@@ -253,7 +232,7 @@ def _channels_last(frames):
 
 def _image_size(member):
     """-> (H, W) of the frames in a member: a view that takes no memory shows how they come out."""
-    if len(member.shape) in (3, 4) and member.dtype.kind != "b":
+    if len(member.shape) in (3, 4):
         _, H, W, C = _channels_last(np.broadcast_to(np.uint8(0), (1, *member.shape[1:]))).shape
         if 0 < H <= MAX_SIDE and 0 < W <= MAX_SIDE and C in (1, 3):
             return H, W
@@ -273,8 +252,7 @@ def _read_frames(obs, next_obs, H, W, p):
             frames[:, k] = _channels_last(member.take(shape, np.uint8, WANTED_FRAMES, scale))
         # Compared in the widest words that divide a frame.
         words = frames.reshape(2 * count, -1).view(f"u{math.gcd(H * W * 3, 8)}")
-        first = last is None or (words[0] != last).any()
-        new.append(np.append(first, (words[1:] != words[:-1]).any(axis=1)))
+        new.append(np.append((words[0] != last).any(), (words[1:] != words[:-1]).any(axis=1)))
         last = words[-1]
         tiles = frames.reshape(-1, h, p, w, p * 3)[new[-1]].swapaxes(2, 3)  # (., h, w, p, p * 3)
         rows = np.zeros((len(tiles) * h * w, -(-size // 8) * 8), np.uint8)  # whole words of 8 bytes
@@ -284,8 +262,7 @@ def _read_frames(obs, next_obs, H, W, p):
         maps.append(ids.astype(kind))
     tiles = np.frombuffer(b"".join(numbers), np.uint8).reshape(len(numbers), -1)[:, :size]
     if tiles.max() < 16:
-        raise DataError(f"has frames with values up to {tiles.max()}, wanted images from 0 to 255, "
-                        "no symbolic views")
+        raise DataError(f"has frames of 0 to {tiles.max()}, wanted 0 to 255, no symbolic views")
     index = np.cumsum(np.concatenate(new)) - 1  # (2N,) the frame at each place
     return {"tiles": np.ascontiguousarray(tiles.reshape(-1, p, p, 3).transpose(0, 3, 1, 2)),
             "frame_tiles": np.concatenate(maps, dtype=kind),
@@ -304,9 +281,7 @@ def _number_tiles(rows, numbers):
 # ----------------------------------------------------------------------------- batches and windows
 class MiniGridTransitionDataset(Dataset):
     """One sample = one transition: a dict of obs and next_obs (3, H, W) float32 in [0, 1], action
-    () int64, reward () float32 and done () float32; a list of numbers gives a stacked batch.
-    Raises DataError as load_transitions does.
-    """
+    () int64, reward () float32 and done () float32; a list of numbers gives a stacked batch."""
 
     def __init__(self, npz_path):
         self.transitions = load_transitions(npz_path, labels=False)
@@ -328,17 +303,13 @@ def make_dataloader(npz_path, batch_size=64, shuffle=True, num_workers=0, drop_l
     reward and done (B,) float32. `options` go to torch's DataLoader."""
     dataset = MiniGridTransitionDataset(npz_path)
     order = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)
-    # What is sampled is lists of numbers: a batch is put together in one go, not sample by sample.
-    batches = BatchSampler(order, batch_size, drop_last)
+    batches = BatchSampler(order, batch_size, drop_last)  # lists, each put together in one go
     return DataLoader(dataset, None, sampler=batches, num_workers=num_workers, **options)
 
 
 def split_by_episode(transitions, validation_fraction, seed):
-    """-> (train, validation) episode numbers, sorted int64 arrays: disjoint, neither one empty.
-
-    A layout belongs to an episode, so validation layouts are new ones where layouts vary. Where
-    they do not (Empty-8x8) both sides hold the same first frame, and no split could change that.
-    """
+    """-> (train, validation) episode numbers, sorted int64 arrays: disjoint, neither one empty. A
+    layout belongs to an episode, so validation layouts are new ones where layouts vary."""
     count = transitions.episode[-1] + 1
     if count < 2:
         raise DataError(f"{transitions.path} holds one episode, wanted at least two (NUM_EPISODES):"
@@ -348,15 +319,10 @@ def split_by_episode(transitions, validation_fraction, seed):
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 
-def _last_steps(transitions):
-    """-> (N,) int64: the last transition of each transition's episode."""
-    return np.searchsorted(transitions.episode, transitions.episode, side="right") - 1
-
-
 def window_starts(transitions, length, episodes=None, absorbing=False):
     """-> sorted (S,) int64: every t from which t .. t+length-1 are steps of one episode or, if
     `absorbing`, run on after the end of one that terminated. `episodes` limits the answer."""
-    last = _last_steps(transitions)
+    last = np.searchsorted(transitions.episode, transitions.episode, side="right") - 1
     whole = np.arange(len(last)) + length - 1 <= last
     if absorbing and transitions.terminated is not None:
         whole |= transitions.terminated[last]
@@ -367,17 +333,15 @@ def window_starts(transitions, length, episodes=None, absorbing=False):
 
 class WindowBatches:
     """Shuffled batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the
-    distinct ones of this batch, index (B, T+1, h, w) int64 into them, and actions (B, T) int64, on
-    the device of the transitions.
+    distinct ones of this batch, index (B, T+1, h, w) int64 into them, and actions (B, T) int64.
 
     An epoch takes `windows_per_episode` passes; a pass visits every episode that has a window once,
-    in a new order, and draws one of its windows. The last batch is dropped where it is not full,
-    unless it is the only one. The order depends on `seed` and `set_epoch` alone.
+    in an order that (`seed`, epoch) decide, and draws one of its windows. The last batch is dropped
+    where it is not full, unless it is the only one.
 
     If `absorbing`, whatever is done in a terminal state leads back to it (Sutton & Barto 2018,
     section 3.4): windows start at every step of an episode that ends with `terminated`, and past
-    its end repeat the last frame under random actions. DataError where no episode has a window.
-    """
+    its end repeat the last frame under random actions. DataError where no episode has a window."""
 
     def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1,
                  absorbing=True):
@@ -385,10 +349,9 @@ class WindowBatches:
         self.seed, self.passes, self.epoch = seed, windows_per_episode, 0
         self.starts = window_starts(transitions, window, episodes, absorbing)
         if not len(self.starts):
-            raise DataError(
-                f"{transitions.path} has no episode of {window} steps, each next_obs the obs that "
-                "follows: lower WINDOW in train_jepa.py, or with longer episodes "
-                f"(MAX_STEPS_PER_EPISODE) {_advice(transitions.metadata)}")
+            raise DataError(f"{transitions.path} has no {window} steps that join, next_obs[t] to "
+                            "obs[t + 1]: lower WINDOW in train_jepa.py, or with more of them "
+                            f"(MAX_STEPS_PER_EPISODE) {_advice(transitions.metadata)}")
         # Starts are sorted and episodes never decrease, so each episode's starts are one run.
         _, self.first, self.count = np.unique(
             transitions.episode[self.starts], return_index=True, return_counts=True)
@@ -405,13 +368,12 @@ class WindowBatches:
         starts = self.starts[self.first[order] + rng.integers(self.count[order])]
         random = rng.integers(data.num_actions, size=(len(starts), self.window))
         steps = starts[:, None] + np.arange(self.window + 1)  # (windows, T+1)
-        last = _last_steps(data)[starts, None]
+        last = np.searchsorted(data.episode, data.episode[starts], side="right")[:, None] - 1
         whole = steps <= last, np.minimum(steps, last), random
         for b in range(0, len(self) * self.batch_size, self.batch_size):
             inside, t, drawn = (torch.from_numpy(part[b : b + self.batch_size])
                                 .to(data.actions.device) for part in whole)
             frames = torch.where(inside, data.obs_index[t], data.next_obs_index[t])
-            # By sorting, so that memory depends on the batch and not on the tiles of the file.
             tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
             actions = torch.where(inside[:, :-1], data.actions[t[:, :-1]], drawn)
             yield {"patches": data.tiles[tiles.long()], "index": index, "actions": actions}

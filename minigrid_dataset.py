@@ -24,8 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 COLLECT = "run python3 collect_minigrid_data.py"
 MAX_SIDE = 2048  # pixels; far above MiniGrid's largest world at its largest tile, 25 * 32
 CHUNK = 1 << 20  # bytes read, compared and hashed at a time: about what stays in a core's cache
-PATCH_SIZES = (8, 7, 6, 5, 4, *range(9, 17))  # the first that divides, where metadata name none
-HASH = np.random.default_rng(0).integers(0, 2**63, 64 * 64 * 3 // 8, np.uint64) * 2 + 1
+HASH = np.random.default_rng(0).integers(2**63, size=64 * 64 * 3 // 8, dtype=np.uint64) * 2 + 1
 
 # key: (dtype that holds each wanted value, shape of one transition)
 LABELS = {
@@ -105,8 +104,7 @@ def to_float(frames):
 
 # ---------------------------------------------------------------- reading and validating the file
 def load_transitions(npz_path, labels=True):
-    """Read and validate a transition file -> Transitions, without the probes' if not `labels`, of
-    which `grid` is a kilobyte a transition.
+    """Read and validate a file -> Transitions, without the `labels` of probes if not wanted.
 
     Sizes are checked before memory is taken and nothing is unpickled, so a damaged or hostile file
     costs a DataError and no more, as a missing one does."""
@@ -121,14 +119,10 @@ def load_transitions(npz_path, labels=True):
                 fields = _read(archive, metadata, list(LABELS)[: None if labels else 5])
                 return Transitions(path, digest, metadata, **fields)
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on damaged input
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason if isinstance(error, DataError) else f"cannot be read ({reason})"
-        raise DataError(f"{path} {reason}: {_advice(metadata)}") from error
-
-
-def _advice(metadata):
-    """What to do next: nobody is told to collect over a file that the collector did not write."""
-    return COLLECT if "env_id" in metadata else "write it again with what made it"
+        what = error if isinstance(error, DataError) else f"cannot be read ({error!r})"
+        # Only its own files say so: nobody is told to collect over another.
+        advice = COLLECT if "env_id" in metadata else "write it again with what made it"
+        raise DataError(f"{path} {what}: {advice}") from error
 
 
 class _Member:
@@ -145,7 +139,7 @@ class _Member:
         self.text = f"{key} of {self.dtype} {self.shape}{' in Fortran order' * fortran_order}"
         if self.dtype.kind not in kinds or fortran_order:
             wanted = "text" if kinds == "US" else "numbers"
-            raise DataError(f"has {self.text}, wanted plain {wanted} in C order")
+            raise DataError(f"has {self.text}, wanted {wanted} in C order")
         if self.dtype == bool:
             self.dtype = np.dtype(np.uint8)  # a damaged file may hold other bytes than 0 and 1
         # The directory may lie too, but not past deflate's limit of 1032 to 1 for the whole file.
@@ -175,10 +169,8 @@ def _read_metadata(archive):
     if "metadata.npy" not in archive.namelist():
         return {}
     member = _Member(archive, "metadata", "US")
-    try:
-        metadata = json.loads(member.take(member.shape, member.dtype, "").item())
-    except (ValueError, RecursionError):
-        metadata = None
+    text = member.take(member.shape, member.dtype, "")
+    metadata = json.loads(text.item()) if text.size == 1 else None
     if not isinstance(metadata, dict):
         raise DataError(f"has {member.text}, wanted one text, a JSON object")
     return metadata
@@ -187,16 +179,22 @@ def _read_metadata(archive):
 def _read(archive, metadata, keys):
     """The other members, those named in `keys` if they are there -> fields of Transitions."""
     names = {name.removesuffix(".npy") for name in archive.namelist()}
-    missing = {"obs", "next_obs", "actions", "rewards", "dones"} - names
-    if missing:
+    if missing := {"obs", "next_obs", "actions", "rewards", "dones"} - names:
         raise DataError(f"has no {' and no '.join(sorted(missing))}")
     obs, next_obs = _Member(archive, "obs"), _Member(archive, "next_obs")
-    N, (H, W) = obs.shape[0], _image_size(obs)
-    if N < 1 or (N, (H, W)) != (next_obs.shape[0], _image_size(next_obs)):
+    sizes = set()
+    for member in (obs, next_obs):
+        # One frame, in a view that takes no memory, shows how they come out.
+        one = _channels_last(np.broadcast_to(np.uint8(0), (1, *member.shape[1:]))).shape
+        if len(one) != 4 or one[3] not in (1, 3) or not 0 < min(one) <= max(one) <= MAX_SIDE:
+            raise DataError(f"has {member.text}, {WANTED_FRAMES}")
+        sizes.add((member.shape[0], *one[1:3]))
+    (N, H, W), *others = sizes
+    if others or N < 1:
         raise DataError(f"has {obs.text} and {next_obs.text}, wanted one or more of the same size")
     p = metadata.get("tile_size")
     if type(p) is not int or not 1 <= p <= 64 or H % p or W % p:
-        p = next((p for p in PATCH_SIZES if H % p == W % p == 0), None)
+        p = next((p for p in (8, 7, 6, 5, 4, *range(9, 17)) if H % p == W % p == 0), None)
         if p is None or min(H, W) < 16:
             raise DataError(f"has frames of {H} x {W}, wanted RGB images (no symbolic views) of at "
                             "least 16 x 16 pixels, both sides divisible by a number from 4 to 16")
@@ -204,13 +202,13 @@ def _read(archive, metadata, keys):
     arrays["actions"] = arrays["actions"].astype(np.int64)
     said, taken = metadata.get("num_actions"), int(arrays["actions"].max()) + 1
     num_actions = max(said, taken) if type(said) is int and 1 <= said <= 256 else taken
-    arrays |= _read_frames(obs, next_obs, H, W, p)
+    frames = _read_frames(obs, next_obs, H, W, p)
     ends = np.diff(arrays["episode"]) != 0 if "episode" in arrays else arrays["dones"][:-1]
-    ends = ends | (arrays["next_obs_index"][:-1] != arrays["obs_index"][1:])
-    tensors = ("actions", "rewards", "dones", "tiles", "frame_tiles", "obs_index", "next_obs_index")
-    tensors = {key: torch.from_numpy(arrays.pop(key)) for key in tensors}
+    ends = ends | (frames["next_obs_index"][:-1] != frames["obs_index"][1:])
     arrays["episode"] = np.cumsum(np.append(0, ends))
-    return {"image_size": (H, W), "patch_size": p, "num_actions": num_actions, **tensors, **arrays}
+    frames |= {key: arrays.pop(key) for key in ("actions", "rewards", "dones")}
+    return {"image_size": (H, W), "patch_size": p, "num_actions": num_actions, **arrays,
+            **{key: torch.from_numpy(value) for key, value in frames.items()}}
 
 
 def _read_label(member, key, N):
@@ -220,23 +218,13 @@ def _read_label(member, key, N):
     wanted = f"wanted {WANTED[dtype]} of shape {(N, *tail)}"
     if member.shape not in (shape, (*shape, 1)):
         raise DataError(f"has {member.text}, {wanted}")
-    return member.take(shape, dtype, wanted)
+    return np.array(member.take(shape, dtype, wanted))  # a copy that can be written to
 
 
-# ------------------------------------------------------------------------ frames as maps of tiles
 def _channels_last(frames):
     """(n, H, W, C), (n, C, H, W) or (n, H, W), where C is 1 or 3 -> (n, H, W, C)."""
     frames = frames[..., None] if frames.ndim == 3 else frames
     return frames if frames.shape[-1] in (1, 3) else np.moveaxis(frames, 1, -1)
-
-
-def _image_size(member):
-    """-> (H, W) of the frames in a member: a view that takes no memory shows how they come out."""
-    if len(member.shape) in (3, 4):
-        _, H, W, C = _channels_last(np.broadcast_to(np.uint8(0), (1, *member.shape[1:]))).shape
-        if 0 < H <= MAX_SIDE and 0 < W <= MAX_SIDE and C in (1, 3):
-            return H, W
-    raise DataError(f"has {member.text}, {WANTED_FRAMES}")
 
 
 def _read_frames(obs, next_obs, H, W, p):
@@ -312,8 +300,8 @@ def split_by_episode(transitions, validation_fraction, seed):
     layout belongs to an episode, so validation layouts are new ones where layouts vary."""
     count = transitions.episode[-1] + 1
     if count < 2:
-        raise DataError(f"{transitions.path} holds one episode, wanted at least two (NUM_EPISODES):"
-                        f" {_advice(transitions.metadata)}")
+        raise DataError(f"{transitions.path} holds one episode, wanted at least two: raise "
+                        f"NUM_EPISODES and {COLLECT}, or make a longer file of your own")
     held_out = min(max(round(validation_fraction * count), 1), count - 1)
     shuffled = np.random.default_rng(seed).permutation(count)
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
@@ -349,9 +337,9 @@ class WindowBatches:
         self.seed, self.passes, self.epoch = seed, windows_per_episode, 0
         self.starts = window_starts(transitions, window, episodes, absorbing)
         if not len(self.starts):
-            raise DataError(f"{transitions.path} has no {window} steps that join, next_obs[t] to "
-                            "obs[t + 1]: lower WINDOW in train_jepa.py, or with more of them "
-                            f"(MAX_STEPS_PER_EPISODE) {_advice(transitions.metadata)}")
+            raise DataError(f"{transitions.path} has no {window} steps of one episode in which "
+                            "next_obs[t] is obs[t + 1]: lower WINDOW in train_jepa.py, or raise "
+                            f"MAX_STEPS_PER_EPISODE and {COLLECT}")
         # Starts are sorted and episodes never decrease, so each episode's starts are one run.
         _, self.first, self.count = np.unique(
             transitions.episode[self.starts], return_index=True, return_counts=True)
@@ -381,7 +369,6 @@ class WindowBatches:
 
 def main():
     from collect_minigrid_data import data_path  # here, so that other files load without minigrid
-
     try:
         loader = make_dataloader(data_path())
     except DataError as error:

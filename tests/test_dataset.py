@@ -169,6 +169,8 @@ def test_everything_else_is_read(file, arrays):
     assert (data.actions.dtype, data.rewards.dtype) == (torch.int64, torch.float32)
     assert (data.dones.dtype, data.obs_index.dtype) == (torch.bool, torch.int64)
     assert (data.episode.dtype, data.grid.dtype) == (np.int64, np.uint8)
+    data = md.load_transitions(file, labels=False)
+    assert data.grid is data.agent_pos is data.truncated is None and data.terminated is not None
 
 
 def test_the_five_keys_are_enough(tmp_path, arrays):
@@ -176,11 +178,6 @@ def test_the_five_keys_are_enough(tmp_path, arrays):
     assert np.array_equal(data.episode, arrays["episode"])
     assert data.metadata == {} and data.grid is None and data.agent_pos is None
     assert same_frames(data, arrays)
-
-
-def test_labels_can_be_left_out(file):
-    data = md.load_transitions(file, labels=False)
-    assert data.grid is data.agent_pos is data.truncated is None and data.terminated is not None
 
 
 @pytest.mark.parametrize("said, count", [(9, 9), (256, 256), (3, 7), (257, 7), (0, 7), (-1, 7),
@@ -251,15 +248,6 @@ def test_episodes_end_where_frames_do_not_join(tmp_path):
     joined["obs"][400] = joined["next_obs"][399]
     data = md.load_transitions(save(tmp_path / "c.npz", joined))
     assert np.array_equal(data.episode, np.where(whole > 19, whole - 1, whole))
-
-
-def test_a_file_that_cannot_be_written_beside(file, arrays):
-    file.parent.chmod(0o555)
-    try:
-        assert same_frames(md.load_transitions(file), arrays)
-        assert list(file.parent.iterdir()) == [file]
-    finally:
-        file.parent.chmod(0o755)
 
 
 def test_noise_takes_little_more_than_its_pixels(tmp_path):
@@ -355,14 +343,6 @@ def test_windows_never_cross_an_episode(file, arrays):
             t for t in range(15 - length + 1) if len(set(arrays["episode"][t : t + length])) == 1
         ]
         assert md.window_starts(data, length).tolist() == expected
-
-
-def test_same_frame_across_an_episode_border_is_still_a_border(tmp_path):
-    arrays = make_arrays(lengths=(3, 3))
-    arrays["next_obs"][2] = arrays["obs"][3]
-    data = md.load_transitions(save(tmp_path / "a.npz", arrays))
-    assert data.next_obs_index[2] == data.obs_index[3]
-    assert md.window_starts(data, 2).tolist() == [0, 1, 3, 4]
 
 
 def test_split_is_disjoint_and_whole(tmp_path):
@@ -475,18 +455,11 @@ def test_window_order_is_a_function_of_seed_and_epoch(windowed):
         assert sorted(arrays["episode"][window[0]] for window in half) == list(range(8))
 
 
-def test_window_batch_sizes(windowed):
-    _, data = windowed
-
-    def sizes(batch_size, episodes):
-        batches = md.WindowBatches(data, episodes, 4, batch_size, 0, absorbing=False)
-        assert len(batches) == len(list(batches))
-        return [len(batch["actions"]) for batch in batches]
-
-    assert sizes(4, range(8)) == [4]  # two of six are left over
-    assert sizes(3, range(8)) == [3, 3]
-    assert sizes(50, range(8)) == [6]  # the only batch is kept
-    assert sizes(1, [3]) == [1]
+@pytest.mark.parametrize("batch_size, episodes, sizes", [
+    (4, range(8), [4]), (3, range(8), [3, 3]), (50, range(8), [6]), (1, [3], [1])])
+def test_only_a_single_batch_may_be_incomplete(windowed, batch_size, episodes, sizes):
+    batches = md.WindowBatches(windowed[1], episodes, 4, batch_size, 0, absorbing=False)
+    assert len(batches) == len(sizes) and [len(batch["actions"]) for batch in batches] == sizes
 
 
 def test_no_window_is_an_error(windowed):
@@ -597,6 +570,11 @@ def test_bad_member(tmp_path, arrays, name):
         message = refused(save(tmp_path / "a.npz", five(arrays)), wanted, THEIRS)
 
 
+def test_no_transitions(tmp_path, arrays):
+    empty = {k: v if k == "metadata" else v[:0] for k, v in arrays.items()}
+    refused(save(tmp_path / "a.npz", empty), "(0, 16, 20, 3)")
+
+
 @pytest.mark.parametrize("H, W, most", [(7, 7, 10), (7, 7, 255), (19, 19, 255), (12, 12, 255),
                                         (97, 97, 255), (16, 16, 10), (64, 64, 1)])
 def test_symbolic_views_and_odd_sizes_are_refused(tmp_path, H, W, most):
@@ -606,11 +584,6 @@ def test_symbolic_views_and_odd_sizes_are_refused(tmp_path, H, W, most):
         arrays[key] = rng.integers(0, most + 1, (15, H, W, 3), dtype=np.uint8)
     message = refused(save(tmp_path / "a.npz", arrays), "no symbolic views", THEIRS)
     assert (f"{H} x {W}" in message) == (most == 255 or H == 7)
-
-
-def test_no_transitions(tmp_path, arrays):
-    empty = {k: v if k == "metadata" else v[:0] for k, v in arrays.items()}
-    refused(save(tmp_path / "a.npz", empty), "(0, 16, 20, 3)")
 
 
 def npy(array):
@@ -644,6 +617,7 @@ def test_lying_headers_take_no_memory(tmp_path, arrays):
         {"obs": header((-15, *tail))},
         {"actions": header((10**9,), "<i8") + bytes(120)},
         {"actions": npy(arrays["actions"])[:-1]},
+        {"actions": npy(arrays["actions"]) + bytes(20_000_000)},
         {"obs": npy(arrays["obs"]) + b"x"},
         {"obs": npy(arrays["obs"])[:40]},
         {"metadata": header((), f"<U{2**29}")},
@@ -670,12 +644,6 @@ def test_a_directory_that_agrees_with_a_lying_header(tmp_path):
         for info, size in zip(archive.infolist(), (8, 4, 1, 960, 960), strict=True):
             info.file_size = info.compress_size = info.file_size + N * size
     refused_cheaply(path)
-
-
-def test_a_bomb_is_read_no_further_than_its_header(tmp_path, arrays):
-    path = tmp_path / "a.npz"
-    write_members(path, arrays, actions=npy(arrays["actions"]) + bytes(20_000_000))
-    refused_cheaply(path, "actions")
 
 
 def test_a_stream_that_ends_before_its_size(tmp_path, arrays):

@@ -180,31 +180,32 @@ class Recorder:
         self.grids, self.images, self.states, self.first_seen = {}, {}, {}, []
         self.cells, self.changing, self.codes, self.view = None, [], [], None
 
-    def learn(self, cells):
+    def learn(self, env, plain: bool):
         """Note what is on the grid, and which of it can change in place (doors)."""
-        codes = [EMPTY if thing is None else thing.encode() for thing in cells]
+        self.cells = list(env.grid.grid)
+        codes = [EMPTY if thing is None else thing.encode() for thing in self.cells]
         self.grid = self.grids.setdefault(bytes(itertools.chain(*codes)), len(self.grids))
-        self.cells = list(cells)
-        self.changing = [o for o in cells if o is not None and type(o) not in (Wall, Goal)]
+        self.changing = [o for o in self.cells if o is not None and type(o) not in (Wall, Goal)]
         self.codes = [thing.encode() for thing in self.changing]
+        if plain:
+            view = env.height, env.width, env.agent_view_size, env.highlight, env.see_through_walls
+            self.check(view, all(type(o).__module__ == OBJECTS for o in self.changing))
+
+    def check(self, view: tuple, good: bool):
+        self.view = self.view or view
+        if not good or view != self.view:
+            raise CollectError(ONE_SIZE)
 
     def look(self, env: MiniGridEnv, episode: int, image=None) -> tuple:
         """(Number of the state that `env` is in, type and colour in hand). Without an image,
         render_frames makes it; raises CollectError where that may go wrong."""
         # Lists compare by identity first, so this is quick, and it sees whatever was put or taken.
-        cells, fits = env.grid.grid, True
-        if cells != self.cells or self.codes != [thing.encode() for thing in self.changing]:
-            self.learn(cells)
-            fits = image is not None or all(type(o).__module__ == OBJECTS for o in self.changing)
-        if image is None:
-            view = env.height, env.width, env.agent_view_size, env.highlight, env.see_through_walls
-        else:
-            view = env.height, env.width, *image.shape
-            fits = image.dtype == np.uint8 and image.shape[2:] == (3,)
+        if env.grid.grid != self.cells or self.codes != [o.encode() for o in self.changing]:
+            self.learn(env, plain=image is None)
+        if image is not None:
+            good = image.dtype == np.uint8 and image.shape[2:] == (3,)
+            self.check((env.height, env.width, *image.shape), good)
             image = self.images.setdefault(zlib.compress(image.tobytes(), 1), len(self.images))
-        self.view = self.view or view
-        if not fits or view != self.view:
-            raise CollectError(ONE_SIZE)
         x, y = env.agent_pos
         hand = (EMPTY if env.carrying is None else env.carrying.encode())[:2]
         key = (self.grid, int(x), int(y), int(env.agent_dir), image or 0)

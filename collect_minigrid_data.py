@@ -23,21 +23,20 @@ dozen distinct tiles. So the loop only steps and notes states, and frames are pu
 afterwards, many at a time. Worlds with a step or a frame of their own are rendered the stock way.
 """
 
+import collections
 import contextlib
 import itertools
 import json
-import multiprocessing
 import numbers
 import os
 import re
-import signal
 import sys
 import tempfile
 import time
 import traceback
 import zipfile
 import zlib
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,7 +57,7 @@ NUM_EPISODES = 4000               # one layout each: many short episodes beat fe
 MAX_STEPS_PER_EPISODE = 20        # our own cap; the environment's is 100 in FourRooms
 TILE_SIZE = 4                     # pixels per grid cell: FourRooms is 19 x 19 cells, 76 x 76 pixels
 SEED = 0                          # episode e is decided by (SEED, e) alone
-NUM_WORKERS = 2                   # processes that step; the file does not depend on it
+NUM_WORKERS = 2                   # threads that compress; the file does not depend on it
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Uniform odds leave some 60 % of FourRooms frames unchanged: most actions do nothing there.
 ACTION_WEIGHTS = (0.2, 0.2, 0.35, 0.08, 0.04, 0.1, 0.03)
@@ -247,7 +246,7 @@ def step_episodes(env, episodes, max_steps: int, seed: int):
             rows.append((episode, action, reward, terminated, truncated, in_hand, before, state))
             if terminated or truncated:
                 break
-    recorder.cells, recorder.changing = None, []  # the world itself stays in this process
+    recorder.cells, recorder.changing = None, []  # the worlds may be forgotten
     return recorder, np.array(rows, TRANSITION), first
 
 
@@ -454,27 +453,37 @@ def write_atomically(path, write, aside=None):
 
 
 def collect_blocks() -> list:
-    """[(recorder, rows), ...] of all episodes in their order, by NUM_WORKERS processes."""
+    """[(recorder, rows), ...] of all episodes in their order."""
     fast, frame = fast_is_right(ENV_ID, TILE_SIZE), stock_env(ENV_ID, TILE_SIZE).reset(seed=0)[0]
-    size = max(1, BLOCK_BYTES // frame.nbytes // MAX_STEPS_PER_EPISODE)
-    parts = [range(NUM_EPISODES)[at:at + size] for at in range(0, NUM_EPISODES, size)]
-    settings = zip(*[(MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED, fast)] * len(parts), strict=True)
-    # Without fork each process would first run the script that called main(), calls and all.
-    fork = "fork" if sys.platform == "linux" else None
-    processes = min(NUM_WORKERS, len(parts)) if fork or __name__ == "__main__" else 1
-    pool, run = contextlib.nullcontext(), map
-    if processes > 1:  # workers ignore Ctrl-C: this process gets it, and stops them
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context(fork), signal.signal,
-                                   (signal.SIGINT, signal.SIG_IGN))
-        run = pool.map
-    blocks = []
-    with pool, tqdm(total=NUM_EPISODES, unit="episode", desc=ENV_ID) as progress:
-        for recorder, rows, first in run(record, [ENV_ID] * len(parts), parts, *settings):
-            blocks.append((recorder, rows))
-            progress.update(len(first))
+    size, blocks = max(1, BLOCK_BYTES // frame.nbytes // MAX_STEPS_PER_EPISODE), []
+    with tqdm(total=NUM_EPISODES, unit="episode", desc=ENV_ID) as progress:
+        for at in range(0, NUM_EPISODES, size):
+            episodes = range(at, min(at + size, NUM_EPISODES))
+            blocks.append(record(ENV_ID, episodes, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED, fast)[:2])
+            progress.update(len(episodes))
     if len({recorder.view for recorder, _ in blocks}) > 1:
         raise CollectError(ONE_SIZE)
     return blocks
+
+
+class Deflate:
+    """A compressor for zipfile that works with the threads of `pool`. Each piece becomes a deflate
+    stream of its own that ends at a whole byte, and such streams joined are one stream."""
+
+    def __init__(self, pool):
+        self.pool, self.pending = pool, collections.deque()
+
+    def piece(self, data) -> bytes:
+        squeeze = zlib.compressobj(ZLIB_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+        return squeeze.compress(data) + squeeze.flush(zlib.Z_FULL_FLUSH)
+
+    def compress(self, data) -> bytes:
+        self.pending.append(self.pool.submit(self.piece, data))
+        return self.pending.popleft().result() if len(self.pending) > 2 * NUM_WORKERS else b""
+
+    def flush(self) -> bytes:
+        last = zlib.compressobj(wbits=-zlib.MAX_WBITS).flush()
+        return b"".join(piece.result() for piece in self.pending) + last
 
 
 def pieces(key: str, recorder: Recorder, rows: np.ndarray):
@@ -495,13 +504,16 @@ def write_npz(path, blocks: list):
     parts = [labels(*block) for block in blocks]
     small = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     small["metadata"] = metadata(ENV_ID, NUM_EPISODES, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=ZLIB_LEVEL) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, \
+            ThreadPoolExecutor(NUM_WORKERS) as pool:
         for key in KEYS:
-            large = itertools.chain.from_iterable(pieces(key, *block) for block in blocks)
-            parts = iter([small[key]]) if key in small else large
+            parts = iter([small[key]] if key in small else (
+                part for block in tqdm(blocks, f"Writing {key}", leave=False)
+                for part in pieces(key, *block)))
             part = next(parts)
             shape = part.shape and (len(small["actions"]), *part.shape[1:])
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                member._compressor = Deflate(pool)
                 np.lib.format.write_array_header_1_0(member, {
                     "descr": part.dtype.str, "fortran_order": False, "shape": shape})
                 for part in itertools.chain([part], parts):
@@ -561,9 +573,6 @@ def main():
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: cannot write {data_path()}: {error.strerror or error}")
-    except BrokenExecutor:
-        sys.exit("error: a worker process died, perhaps for want of memory: "
-                 f"lower NUM_WORKERS {EDIT}")
     except KeyboardInterrupt:
         sys.exit("interrupted: no file was left half-written, run python3 collect_minigrid_data.py "
                  "to begin again")

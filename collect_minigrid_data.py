@@ -80,7 +80,7 @@ EMPTY = (1, 0, 0)                 # how grid.encode() writes an empty cell
 OBJECTS = WorldObj.__module__     # things of other modules may look like anything
 ONE_SIZE = f"images must be uint8 (H, W, 3) and of one size: choose another ENV_ID {EDIT}"
 NOT_OURS = "was not made by collect_minigrid_data.py"
-BLOCK_BYTES = 2**24               # of images, in what a worker collects in one go
+BLOCK_BYTES = 2**24               # of images that are collected in one go
 CHUNK_BYTES = 2**20               # of images rendered at once: they stay in the CPU's cache
 ZLIB_LEVEL = 7                    # on these images as fast as savez's 6, and up to a third smaller
 
@@ -331,7 +331,8 @@ def pixels(tiles: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------- collecting
 def record(env_id: str, episodes, max_steps: int, tile_size: int, seed: int, fast: bool) -> tuple:
-    """What step_episodes gives. Not fast: every step is rendered in the stock way."""
+    """What step_episodes gives. Fast: without images. Else each step is rendered the stock way."""
+    episodes = list(episodes)
     env = make_env(env_id) if fast else stock_env(env_id, tile_size)
     try:
         return step_episodes(env, episodes, max_steps, seed)
@@ -351,41 +352,22 @@ def labels(recorder: Recorder, rows: np.ndarray) -> dict:
             "agent_pos": states[:, 1:3], "agent_dir": states[:, 3]}
 
 
-def collect_frames(env_id: str, episodes, max_steps: int, tile_size: int, seed: int, fast: bool):
-    """collect_episodes without the metadata."""
-    recorder, rows, first = record(env_id, episodes, max_steps, tile_size, seed, fast)
-    tiles, table = render_frames(recorder, tile_size)
-    looks = {}  # states can look alike where tiles are tiny: the first stands for their frame
-    look = np.array([looks.setdefault(frame.tobytes(), len(looks)) for frame in tiles])
-    shown = np.unique(look, return_index=True)[1]
-    grids = recorder.all_grids().swapaxes(1, 2)                         # (G, W, H, 3)
-    grid, x, y, direction, _ = np.array(list(recorder.states), np.int64).T
-    seen_episode, seen_hand = zip(*recorder.first_seen, strict=True)
-    return {
-        **labels(recorder, rows), "grid": grids[grid[rows["state"]]],
-        "frames": pixels(tiles[shown], table), "first_index": look[first],
-        "obs_index": look[rows["state"]], "next_obs_index": look[rows["next_state"]],
-        "frame_agent_pos": np.stack([x, y], 1)[shown], "frame_agent_dir": direction[shown],
-        "frame_grid": grids[grid[shown]],
-        "frame_carrying": np.array(seen_hand, np.uint8)[shown],
-        "frame_episode": np.array(seen_episode, np.int32)[shown],
-    }
-
-
 def fast_is_right(env_id: str, tile_size: int) -> bool:
     """Are frames put together from tiles, rewards and flags those of the stock wrappers? What may
     be otherwise later is told by is_plain, the rest is tried on two episodes."""
     if not is_plain(registered_env(env_id)):
         return False
-    fast, stock = (collect_frames(env_id, range(2), 20, tile_size, 0, way) for way in (True, False))
+    fast, stock = (collect_episodes(env_id, range(2), 20, tile_size, 0, way)
+                   for way in (True, False))
     return all(np.array_equal(fast[key], stock[key]) for key in stock)
 
 
-def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed: int) -> dict:
+def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed: int,
+                     fast: bool | None = None) -> dict:
     """Collect in memory, without a file. An episode's content depends on (seed, number) alone.
 
-    episodes: episode numbers, at least one; max_steps: 0 gives one frame per episode.
-    Returns every key of the file except obs and next_obs, and instead of them
+    episodes: episode numbers, at least one; max_steps: 0 gives one frame per episode; fast: see
+    `record`, None tries it. Returns every key of the file except obs and next_obs, and for them
 
         frames                     (K, H, W, 3) uint8, distinct: equal pixels are one frame
         obs_index, next_obs_index  (N,) int64, into frames: obs = frames[obs_index]
@@ -395,10 +377,25 @@ def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed
 
     Raises CollectError for an environment that cannot be used.
     """
-    episodes = [int(episode) for episode in episodes]
-    data = collect_frames(env_id, episodes, max_steps, tile_size, seed,
-                          fast_is_right(env_id, tile_size))
-    return {**data, "metadata": metadata(env_id, len(episodes), max_steps, tile_size, seed)}
+    fast = fast_is_right(env_id, tile_size) if fast is None else fast
+    recorder, rows, first = record(env_id, map(int, episodes), max_steps, tile_size, seed, fast)
+    tiles, table = render_frames(recorder, tile_size)
+    looks = {}  # states can look alike where tiles are tiny: the first stands for their frame
+    look = np.array([looks.setdefault(frame.tobytes(), len(looks)) for frame in tiles])
+    shown = np.unique(look, return_index=True)[1]
+    grids = recorder.all_grids().swapaxes(1, 2)                         # (G, W, H, 3)
+    states = np.array(list(recorder.states), np.int64)
+    seen_episode, seen_hand = zip(*recorder.first_seen, strict=True)
+    return {
+        **labels(recorder, rows), "grid": grids[states[rows["state"], 0]],
+        "metadata": metadata(env_id, len(first), max_steps, tile_size, seed),
+        "frames": pixels(tiles[shown], table), "first_index": look[first],
+        "obs_index": look[rows["state"]], "next_obs_index": look[rows["next_state"]],
+        "frame_agent_pos": states[shown, 1:3], "frame_agent_dir": states[shown, 3],
+        "frame_grid": grids[states[shown, 0]],
+        "frame_carrying": np.array(seen_hand, np.uint8)[shown],
+        "frame_episode": np.array(seen_episode, np.int32)[shown],
+    }
 
 
 def decided_by(env_id: str, num_episodes: int, max_steps: int, tile_size: int, seed: int) -> dict:
@@ -423,10 +420,10 @@ def fits_settings(found: dict | None) -> str | None:
     now = decided_by(ENV_ID, NUM_EPISODES, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED)
     if not isinstance(found, dict) or not now.keys() <= found.keys():
         return NOT_OURS
-    for name, value in now.items():
-        if found[name] != value:
-            return f"{name.upper()} was {found[name]}, now {value}"
-    return None
+    now, found = ({**dict(about["policy"]), **about} for about in (now, found))
+    differ = (name for name in now if found.get(name) != now[name])
+    name = next(differ, None)
+    return name and f"{name.upper()} was {found.get(name)}, now {now[name]}"
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -458,9 +455,11 @@ def collect_blocks() -> list:
     size, blocks = max(1, BLOCK_BYTES // frame.nbytes // MAX_STEPS_PER_EPISODE), []
     with tqdm(total=NUM_EPISODES, unit="episode", desc=ENV_ID) as progress:
         for at in range(0, NUM_EPISODES, size):
-            episodes = range(at, min(at + size, NUM_EPISODES))
-            blocks.append(record(ENV_ID, episodes, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED, fast)[:2])
-            progress.update(len(episodes))
+            episodes = range(NUM_EPISODES)[at:at + size]
+            recorder, rows, first = record(ENV_ID, episodes, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED,
+                                           fast)
+            blocks.append((recorder, rows))
+            progress.update(len(first))
     if len({recorder.view for recorder, _ in blocks}) > 1:
         raise CollectError(ONE_SIZE)
     return blocks

@@ -38,7 +38,7 @@ class Grey(Corridor):
 
 class Growing(Corridor):
     def _gen_grid(self, width, height):
-        self.width = width = self._rand_int(8, 12)
+        self.width = width = 9 + 2 * (self.np_random.random() < 0.1)
         super()._gen_grid(width, height)
 
 
@@ -59,19 +59,16 @@ class Foggy(Corridor):
 
 
 class Mud(Floor):
-    """Blocks the view where it was met a second time."""
-
-    met = 0
+    """A floor that blocks the view, which grid.encode() does not tell."""
 
     def see_behind(self):
-        self.met += 1
-        return self.met % 7 > 0
+        return False
 
 
 class Muddy(Corridor):
     def _gen_grid(self, width, height):
         super()._gen_grid(width, height)
-        if self.np_random.random() < 0.3:
+        for _ in range(20 * (self.np_random.random() < 0.3)):
             self.place_obj(Mud("purple"))
 
 
@@ -93,7 +90,7 @@ def mirrored(**options):
 
 for world in (Corridor, Painted, Grey, Growing, Reader, Foggy, Muddy, Broken):
     gym.register(f"{world.__name__}-v0", world)
-gym.register("Timed-v0", Corridor, max_episode_steps=7)
+gym.register("Timed-v0", Corridor, max_episode_steps=15)
 gym.register("Mirrored-v0", mirrored)
 gym.register("MirroredToo-v0", Corridor, additional_wrappers=(
     WrapperSpec("Mirror", f"{__name__}:Mirror", {}),))

@@ -385,7 +385,7 @@ def test_an_error_in_a_world_names_its_line(small, tmp_path):
 @pytest.mark.parametrize("name, size", [("Grey", 2**24), ("Growing", 2**24), ("Growing", 1)])
 def test_images_of_another_kind_are_one_sentence(small, tmp_path, name, size):
     with pytest.raises(SystemExit, match="error: .*uint8 .H, W, 3. and of one size"):
-        small(ENV_ID=f"tests.my_worlds:{name}-v0", BLOCK_BYTES=size)
+        small(ENV_ID=f"tests.my_worlds:{name}-v0", BLOCK_BYTES=size, NUM_EPISODES=60)
     assert os.listdir(tmp_path) == []
 
 

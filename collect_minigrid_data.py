@@ -2,12 +2,12 @@
 
     python3 collect_minigrid_data.py
 
-Reads:  nothing; it steps the real `minigrid` environments.
+Reads:  nothing; it steps the real environments.
 Writes: data/minigrid_<env>_random.npz next to this script, for plain `np.load`:
 
     obs, next_obs          (N, H, W, 3) uint8   what ImgObsWrapper(RGBImgObsWrapper(env, TILE_SIZE))
                                                 gives, pixel for pixel
-    actions, rewards       (N,) int64, float32  MiniGrid's own action numbers, 0 to 6
+    actions, rewards       (N,) int64, float32  the environment's own action numbers
     dones                  (N,) bool            terminated | truncated
     terminated, truncated  (N,) bool            truncated: by the environment or by our step cap
     episode                (N,) int32           which episode a transition belongs to
@@ -16,68 +16,75 @@ Writes: data/minigrid_<env>_random.npz next to this script, for plain `np.load`:
     carrying               (N, 2) uint8         object and colour index in hand; (1, 0): nothing
     metadata               JSON text            how the file was made
 
-Time:   5 s for the default 79 thousand transitions on 2 CPU cores, more than half of it zlib;
-        133 MB of memory per process. The file has 58 MB and unpacks to 2.8 GB.
+Time:   some 20 s of one core for the default 79 thousand transitions, most of it zlib, which uses
+        NUM_WORKERS cores; 105 MB of memory. The file has 20 MB and unpacks to 2.8 GB.
 
-The loop only steps and notes states. A frame depends on (grid, agent position, direction) alone and
-is a mosaic of a few dozen distinct tiles, so frames are put together afterwards, many at a time.
+A frame of MiniGrid depends on (grid, agent position, direction) alone and is a mosaic of a few
+dozen distinct tiles. So the loop only steps and notes states, and frames are put together
+afterwards, many at a time. Worlds with a step or a frame of their own are rendered the stock way.
 """
 
+import collections
 import contextlib
-import copy
-import difflib
 import functools
-import io
+import itertools
 import json
-import math
+import numbers
 import os
 import re
-import signal
 import sys
 import tempfile
+import time
+import traceback
 import zipfile
 import zlib
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
-import minigrid  # noqa: F401  (registers its environments)
+import minigrid
 import numpy as np
 from minigrid.core.constants import DIR_TO_VEC
 from minigrid.core.grid import Grid
-from minigrid.core.world_object import Goal, Wall
+from minigrid.core.world_object import Goal, Wall, WorldObj
 from minigrid.minigrid_env import MiniGridEnv
+from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
 from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------------------
 # Settings: edit and rerun
-ENV_ID = "MiniGrid-FourRooms-v0"  # any registered MiniGrid-* or BabyAI-* id
+ENV_ID = "MiniGrid-FourRooms-v0"  # MiniGrid-*, BabyAI-*, or your own: "my_module:MyWorld-v0"
 NUM_EPISODES = 4000               # one layout each: many short episodes beat few long ones
 MAX_STEPS_PER_EPISODE = 20        # our own cap; the environment's is 100 in FourRooms
 TILE_SIZE = 4                     # pixels per grid cell: FourRooms is 19 x 19 cells, 76 x 76 pixels
 SEED = 0                          # episode e is decided by (SEED, e) alone
-NUM_WORKERS = 2                   # processes; the file does not depend on it
+NUM_WORKERS = 2                   # threads that compress; the file does not depend on it
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Uniform odds leave some 60 % of FourRooms frames unchanged: most actions do nothing there.
 ACTION_WEIGHTS = (0.2, 0.2, 0.35, 0.08, 0.04, 0.1, 0.03)
 WARM_UP_STEPS = 80                # where every episode starts in the same place, 20 steps do not
                                   # lead far: there, 0 to so many random steps go unrecorded first
 DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz
-# More transitions than this (episodes times steps): a folder of the same name with files of so many
-# each. A run that was stopped then goes on with the missing files.
-SHARD_TRANSITIONS = 200_000
 # -------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
+EDIT = "in collect_minigrid_data.py"
 FORMAT_VERSION = 1
+LEAST = {"NUM_EPISODES": 1, "MAX_STEPS_PER_EPISODE": 1, "TILE_SIZE": 1, "SEED": 0,
+         "WARM_UP_STEPS": 0, "NUM_WORKERS": 1}  # whole numbers
 KEYS = ("obs", "next_obs", "actions", "rewards", "dones", "terminated", "truncated", "episode",
         "agent_pos", "agent_dir", "grid", "carrying", "metadata")
-NOTHING = (1, 0, 0)               # how grid.encode() writes an empty cell
-BLOCK = 1000                      # transitions that a worker collects and compresses in one go
-CHUNK_BYTES = 2**20               # images rendered at once: they stay in the CPU's cache
-ZLIB_LEVEL = 2                    # as fast as level 1 on these images, a third smaller
-END_OF_DEFLATE = b"\x03\x00"      # an empty last block
+TRANSITION = [("episode", np.int32), ("actions", np.int64), ("rewards", np.float32),
+              ("terminated", bool), ("truncated", bool), ("carrying", np.uint8, 2),
+              ("state", int), ("next_state", int)]
+EMPTY = (1, 0, 0)                 # how grid.encode() writes an empty cell
+OBJECTS = WorldObj.__module__     # things of other modules may look like anything
+ONE_SIZE = f"images must be uint8 (H, W, 3) and of one size: choose another ENV_ID {EDIT}"
+NOT_OURS = "was not made by collect_minigrid_data.py"
+BLOCK_BYTES = 2**24               # of images that are collected in one go
+CHUNK_BYTES = 2**20               # of images rendered at once: they stay in the CPU's cache
+ZLIB_LEVEL = 7                    # on these images as fast as savez's 6, and up to a third smaller
 
 
 class CollectError(ValueError):
@@ -85,246 +92,182 @@ class CollectError(ValueError):
 
 
 def data_path() -> Path:
-    """What this script writes and the others read: DATA_FILE, or a name made from ENV_ID. A file,
-    or where the data are more than SHARD_TRANSITIONS a folder, without .npz in its name."""
+    """What this script writes and the others read: DATA_FILE, or a name made from ENV_ID."""
     name = re.sub(r"[^a-z0-9]+", "_", ENV_ID.removesuffix("-v0").removeprefix("MiniGrid-").lower())
-    path = ROOT / (DATA_FILE or f"data/minigrid_{name}_random.npz")
-    return path if NUM_EPISODES <= shard_episodes() else path.with_suffix("")
-
-
-def shard_episodes() -> int:
-    """Episodes that are surely no more than SHARD_TRANSITIONS."""
-    return max(1, SHARD_TRANSITIONS // MAX_STEPS_PER_EPISODE)
-
-
-def files() -> dict:
-    """{path: (its episodes, its metadata)} of all files to write."""
-    path, size = data_path(), shard_episodes()
-    whole = (ENV_ID, NUM_EPISODES, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED)
-    if NUM_EPISODES <= size:
-        return {path: (range(NUM_EPISODES), metadata(*whole))}
-    count = -(-NUM_EPISODES // size)
-    return {path / f"shard_{k:05}.npz": (range(k * size, min(k * size + size, NUM_EPISODES)),
-                                         metadata(*whole, shard=k, shards=count))
-            for k in range(count)}
+    return ROOT / (DATA_FILE or f"data/minigrid_{name}_random.npz")
 
 
 # ------------------------------------------------------------------------------------- environment
-def make_env(env_id: str) -> MiniGridEnv:
-    """The real environment, unwrapped, without its partial view (half of the time of a step), and
-    drawing numbers and places in a cheaper way.
-
-    `gen_obs` draws no random numbers, and the others draw the same, so rewards, flags and layouts
-    stay those of the stock environment. Raises CollectError for an id that is not a registered
-    MiniGrid or BabyAI one.
-    """
-    known = [name for name in gym.registry if name.startswith(("MiniGrid-", "BabyAI-"))]
-    if env_id not in known:
-        close = difflib.get_close_matches(str(env_id), known, n=1, cutoff=0)[0]
-        raise CollectError(f"{env_id!r} is not a MiniGrid or BabyAI environment, {close!r} is one: "
-                           f"edit ENV_ID in collect_minigrid_data.py")
-    env = gym.make(env_id, disable_env_checker=True).unwrapped
-    env.gen_obs = lambda: None
-    if all(getattr(type(env), name) is getattr(MiniGridEnv, name)
-           for name in ("_rand_int", "place_obj")):  # not an environment's own
-        draw = quick_draw(env)
-        # The type matters: BabyAI compares such numbers by `is`, which small ints would pass.
-        env._rand_int = lambda low, high: np.int64(draw(low, high))
-        env.place_obj = functools.partial(place_obj, env, draw)
+def registered_env(env_id: str) -> gym.Env:
+    """gym.make(env_id). Raises CollectError unless it is a MiniGridEnv with actions from 0 on."""
+    sys.path.extend(folder for folder in (str(ROOT), "") if folder not in sys.path)  # your modules
+    try:
+        env = gym.make(env_id, disable_env_checker=True)
+    except Exception as error:
+        raise CollectError(blame(env_id, error)) from error
+    kind, space = type(env.unwrapped), env.action_space
+    if not issubclass(kind, MiniGridEnv) or space != gym.spaces.Discrete(getattr(space, "n", 1)):
+        raise CollectError(f"{env_id} is a {kind.__name__} with actions {space}, and a MiniGridEnv "
+                           f"with Discrete actions from 0 on is wanted: edit ENV_ID {EDIT}")
     return env
 
 
-def quick_draw(env):
-    """What env.np_random.integers(low, high) gives and leaves behind, as an int, in a quarter of
-    its time: numpy's own method (Lemire, https://arxiv.org/abs/1805.10941) on numpy's own
-    generator, so that any other draws may come between."""
-    generator = next_uint32 = state = None
-
-    def draw(low, high):
-        nonlocal generator, next_uint32, state
-        if env.np_random is not generator:  # a reset with a seed makes a new one
-            generator = env.np_random
-            _, state, _, next_uint32, *_ = generator.bit_generator.ctypes
-        span = int(high - low)
-        if not 1 < span < 2**32:
-            return int(generator.integers(low, high))
-        scaled = next_uint32(state) * span
-        while scaled & 0xFFFFFFFF < 2**32 % span:  # would favour some numbers
-            scaled = next_uint32(state) * span
-        return int(low) + (scaled >> 32)
-
-    return draw
+def blame(env_id: str, error: Exception) -> str:
+    """One sentence for an error inside a world, with the innermost line of the user's own code."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    libraries = [str(Path(module.__file__).parent) for module in (gym, minigrid, np, os)]
+    for each in filter(None, (error.__cause__, error)):  # gym.make raises some errors anew
+        for line in reversed(traceback.extract_tb(each.__traceback__)):
+            if not line.filename.startswith((*libraries, __file__, "<")):
+                return (f"{env_id} failed in {Path(line.filename).name}, line {line.lineno}, "
+                        f"in {line.name}: {text}")
+    return f"{env_id} fails ({text}): edit ENV_ID {EDIT}"
 
 
-def place_obj(env, draw, obj, top=None, size=None, reject_fn=None, max_tries=math.inf):
-    """MiniGridEnv.place_obj on ints: its np.array_equal takes longer than all the rest of it."""
-    grid, agent = env.grid, tuple(map(int, env.agent_pos))
-    x, y = (0, 0) if top is None else (max(int(top[0]), 0), max(int(top[1]), 0))
-    w, h = size or (grid.width, grid.height)
-    right, bottom, tries = min(x + w, grid.width), min(y + h, grid.height), 0
-    while True:
-        if tries > max_tries:
-            raise RecursionError("rejection sampling failed in place_obj")
-        tries += 1
-        i, j = draw(x, right), draw(y, bottom)
-        if grid.grid[j * grid.width + i] is None and (i, j) != agent:
-            place = np.int64(i), np.int64(j)
-            if not (reject_fn and reject_fn(env, place)):
-                break
-    grid.set(i, j, obj)
-    if obj is not None:
-        obj.init_pos = obj.cur_pos = place
-    return place
+def stock_env(env_id: str, tile_size: int) -> gym.Env:
+    """The environment in the stock wrappers: its observations are what the file holds."""
+    return ImgObsWrapper(RGBImgObsWrapper(registered_env(env_id), tile_size=tile_size))
+
+
+def is_plain(env: gym.Env) -> bool:
+    """Does MiniGrid's own code decide the steps and frames of what registered_env gave? A class
+    of the user's own may still draw grids and rewards, and have new names."""
+    env = env.env if isinstance(env, gym.wrappers.OrderEnforcing) else env
+    own = set(vars(env)) - {"render_mode", "spec"}
+    for kind in itertools.takewhile(lambda kind: kind is not MiniGridEnv, type(env).__mro__):
+        if not kind.__module__.startswith("minigrid."):
+            own |= {name for name in vars(kind) if not name.startswith("__")}
+    own -= {"_gen_grid", "_reward", "metadata"}
+    return isinstance(env, MiniGridEnv) and not any(hasattr(MiniGridEnv, name) for name in own)
+
+
+def make_env(env_id: str) -> MiniGridEnv:
+    """The environment unwrapped and, where it is plain, without its partial view: that is half of
+    the time of a step, and draws no random numbers."""
+    env = registered_env(env_id)
+    if is_plain(env):
+        env.unwrapped.gen_obs = lambda: None
+    return env.unwrapped
 
 
 def env_seed(seed: int, episode: int) -> int:
-    """The number that `env.reset(seed=...)` gets; 64 hashed bits, so that seeds share no layouts
-    (seed + episode would make neighbouring seeds share almost all of theirs)."""
+    """What `env.reset(seed=...)` gets: 64 hashed bits, so that seeds share no layouts."""
     return int(np.random.SeedSequence((seed, episode)).generate_state(1, np.uint64)[0])
 
 
-def random_actions(rng: np.random.Generator, odds: np.ndarray, count: int) -> list[int]:
-    """What rng.choice(len(odds), count, p=odds) gives, in a quarter of its time."""
-    sums = odds.cumsum()
-    return (sums / sums[-1]).searchsorted(rng.random(count), side="right").tolist()
-
-
-def action_odds(env: MiniGridEnv, weights) -> np.ndarray:
-    """(number of actions,) probabilities, from the first of the weights."""
-    odds = np.array(weights[:env.action_space.n], np.float64)
-    if odds.sum() <= 0:
-        raise CollectError(f"no weight is left for the {len(odds)} actions of this environment: "
-                           f"edit ACTION_WEIGHTS in collect_minigrid_data.py")
+def action_odds(env: gym.Env) -> np.ndarray:
+    """(number of actions,) probabilities, from the first of ACTION_WEIGHTS."""
+    count = env.action_space.n
+    odds = np.array(ACTION_WEIGHTS[:count], np.float64)
+    if len(odds) < count or odds.sum() <= 0:
+        raise CollectError(f"ACTION_WEIGHTS has to begin with a number for each of {count} "
+                           f"actions, one of them above 0: edit ACTION_WEIGHTS {EDIT}")
     return odds / odds.sum()
 
 
 class Recorder:
-    """Numbers what an environment shows: kinds of cell content, grids and states, once each.
+    """Numbers what an environment shows: grids, images and states, once each.
 
-    kinds   {encode() triple: number}, and `objects`, one object of each kind (None: empty)
-    grids   {kind of every cell (H * W), as a text of letters chr(kind): number}
-    states  {(grid number, x, y, direction): number}, all that a frame depends on, and
-            `first_seen`, the (episode, kind in hand) with which each of them was met first
+    grids   {grid.encode() as bytes, row by row: number}
+    images  {bytes, compressed: number} of the images that `look` was given
+    states  {(grid, x, y, direction, image or 0): number}, and `first_seen`, the (episode, type in
+            hand, its colour) with which each of them was met first
+    view    height and width of the grid and what else must not change: (agent_view_size, highlight,
+            see_through_walls), or the shape of the images
     """
 
     def __init__(self):
-        self.kinds, self.objects = {NOTHING: 0}, [None]
-        self.grids, self.states, self.first_seen = {}, {}, []
-        self.walls = {}  # {colour: number}
-        self.letters, self.changing, self.codes = {}, [], []
-        self.cells = self.grid = None
+        self.grids, self.images, self.states, self.first_seen = {}, {}, {}, []
+        self.cells, self.changing, self.codes, self.view = None, [], [], None
 
-    def kind(self, thing) -> int:
-        number = self.kinds.setdefault(tuple(thing.encode()), len(self.objects))
-        if number == len(self.objects):  # a copy: doors change in place
-            self.objects.append(copy.copy(thing))
-        return number
-
-    def wall(self, thing) -> int:
-        """`kind` of a wall, which its colour decides: most of what is on a grid."""
-        if thing.color not in self.walls:
-            self.walls[thing.color] = self.kind(thing)
-        return self.walls[thing.color]
-
-    def learn(self, cells):
-        """Note a letter for each thing on a grid, and which of them can change in place (doors)."""
-        kinds = {thing: self.wall(thing) if type(thing) is Wall else self.kind(thing)
-                 for thing in cells if thing is not None}
-        self.letters = {None: chr(0)} | {thing: chr(kind) for thing, kind in kinds.items()}
-        self.changing = [thing for thing in kinds if type(thing) not in (Wall, Goal)]
+    def learn(self, env, plain: bool):
+        """Note what is on the grid, and which of it can change in place (doors)."""
+        self.cells = list(env.grid.grid)
+        codes = [EMPTY if thing is None else thing.encode() for thing in self.cells]
+        self.grid = self.grids.setdefault(bytes(itertools.chain(*codes)), len(self.grids))
+        self.changing = [o for o in self.cells if o is not None and type(o) not in (Wall, Goal)]
         self.codes = [thing.encode() for thing in self.changing]
-        self.cells = None
+        if plain:
+            view = env.height, env.width, env.agent_view_size, env.highlight, env.see_through_walls
+            self.check(view, all(type(o).__module__ == OBJECTS for o in self.changing))
 
-    def look(self, env, episode: int) -> tuple[int, int]:
-        """The numbers of the state that `env` is in and of the kind of object in hand."""
-        cells = env.grid.grid
-        if [thing.encode() for thing in self.changing] != self.codes:
-            self.learn(cells)
-        # Lists compare by identity first, so this is quick, and it sees whatever was put, taken or
-        # moved. Things that are new (a reset, or an open box) have no letter yet.
-        if cells != self.cells:
-            try:
-                key = "".join(map(self.letters.__getitem__, cells))
-            except KeyError:
-                self.learn(cells)
-                key = "".join(map(self.letters.__getitem__, cells))
-            self.cells = list(cells)
-            self.grid = self.grids.setdefault(key, len(self.grids))
+    def check(self, view: tuple, good: bool):
+        self.view = self.view or view
+        if not good or view != self.view:
+            raise CollectError(ONE_SIZE)
+
+    def look(self, env: MiniGridEnv, episode: int, image=None) -> tuple:
+        """(Number of the state that `env` is in, type and colour in hand). Without an image,
+        render_frames makes it; raises CollectError where that may go wrong."""
+        # Lists compare by identity first, so this is quick, and it sees whatever was put or taken.
+        if env.grid.grid != self.cells or self.codes != [o.encode() for o in self.changing]:
+            self.learn(env, plain=image is None)
+        if image is not None:
+            good = image.dtype == np.uint8 and image.shape[2:] == (3,)
+            self.check((env.height, env.width, *image.shape), good)
+            image = self.images.setdefault(zlib.compress(image.tobytes(), 1), len(self.images))
         x, y = env.agent_pos
-        hand = 0 if env.carrying is None else self.kind(env.carrying)
-        key = (self.grid, int(x), int(y), int(env.agent_dir))
+        hand = (EMPTY if env.carrying is None else env.carrying.encode())[:2]
+        key = (self.grid, int(x), int(y), int(env.agent_dir), image or 0)
         state = self.states.setdefault(key, len(self.states))
         if state == len(self.first_seen):
             self.first_seen.append((episode, hand))
         return state, hand
 
     def all_grids(self) -> np.ndarray:
-        """(G * H * W,) uint16, the kinds of all grids' cells."""
-        return np.frombuffer("".join(self.grids).encode("utf-16-le"), np.uint16)
+        """(G, H, W, 3) uint8, encode() triples."""
+        return np.frombuffer(b"".join(self.grids), np.uint8).reshape(-1, *self.view[:2], 3)
 
 
-def starts_in_one_place(env) -> bool:
-    """Do all episodes begin with the agent in the same pose? Four of them are tried."""
-    def start(number):
+def step_episodes(env, episodes, max_steps: int, seed: int):
+    """Run the random policy. Returns (recorder, rows of TRANSITION, the states that the episodes'
+    records begin with). Where episodes start in one place, that is after WARM_UP_STEPS at most, and
+    not so many that the environment would cut the record short."""
+    recorder, rows, first, world, odds = Recorder(), [], [], env.unwrapped, action_odds(env)
+    starts = set()
+    for number in range(4 * bool(WARM_UP_STEPS)):
         env.reset(seed=number)
-        return *env.agent_pos, env.agent_dir
-
-    first = start(0)
-    return all(start(number) == first for number in (1, 2, 3))
-
-
-def step_episodes(env, episodes, max_steps: int, seed: int, odds: np.ndarray, warm_up: int):
-    """Run the random policy. Returns (recorder, rows, first): `rows` holds for each transition
-    (episode, action, reward, terminated, truncated, state, kind in hand, next state), and `first`
-    the state that each episode's record begins with. Where episodes start in one place, it begins
-    after at most `warm_up` steps, and not so many that the environment would cut the record short.
-    """
-    recorder, rows, first = Recorder(), [], []
-    warm_up = warm_up if warm_up and starts_in_one_place(env) else 0
+        starts.add((*world.agent_pos, world.agent_dir))
+    longest = max(0, min(WARM_UP_STEPS, world.max_steps - max_steps)) if len(starts) == 1 else 0
     for episode in episodes:
-        actions = random_actions(np.random.default_rng((seed, episode)), odds, max_steps)
-        env.reset(seed=env_seed(seed, episode))
-        if longest := max(0, min(warm_up, env.max_steps - max_steps)):
-            rng = np.random.default_rng((seed, episode, 1))
-            for action in random_actions(rng, odds, rng.integers(longest + 1)):
-                if any(env.step(action)[2:4]):
-                    env.reset(seed=env_seed(seed, episode))
-                    break
-        state, hand = recorder.look(env, episode)
+        rng, warm_rng = (np.random.default_rng((seed, episode, *more)) for more in ((), (1,)))
+        image, _ = env.reset(seed=env_seed(seed, episode))
+        for action in warm_rng.choice(len(odds), warm_rng.integers(longest + 1), p=odds).tolist():
+            image, _, *over, _ = env.step(action)
+            if any(over):
+                image, _ = env.reset(seed=env_seed(seed, episode))
+                break
+        state, hand = recorder.look(world, episode, image)
         first.append(state)
-        for step, action in enumerate(actions, start=1):
-            _, reward, terminated, truncated, _ = env.step(action)
+        for step, action in enumerate(rng.choice(len(odds), max_steps, p=odds).tolist(), start=1):
+            image, reward, terminated, truncated, _ = env.step(action)
             truncated = truncated or (step == max_steps and not terminated)
             before, in_hand = state, hand
-            state, hand = recorder.look(env, episode)
-            rows.append((episode, action, reward, terminated, truncated, before, in_hand, state))
+            state, hand = recorder.look(world, episode, image)
+            rows.append((episode, action, reward, terminated, truncated, in_hand, before, state))
             if terminated or truncated:
                 break
-    return recorder, rows, first
+    recorder.cells, recorder.changing = None, []  # the worlds may be forgotten
+    return recorder, np.array(rows, TRANSITION), first
 
 
 # --------------------------------------------------------------------------------------- rendering
-def visible_cells(env, opaque: np.ndarray, x, y, direction) -> np.ndarray:
+def visible_cells(view, opaque: np.ndarray, x, y, direction) -> np.ndarray:
     """Which cells the agent sees, as MiniGridEnv.get_full_render highlights them, K poses at once.
 
     opaque (K, H, W) bool: what blocks the view; x, y, direction (K,). Returns (K, H, W) bool.
     """
-    K, H, W = opaque.shape
-    V = env.agent_view_size
-    seen = np.zeros((K, H, W), bool)
-    if not env.highlight:
-        return seen
+    V, highlight, see_through_walls = view
+    if not highlight:
+        return np.zeros_like(opaque)
     forward = np.array(DIR_TO_VEC)[direction].T                       # (2, K)
-    right = np.stack([-forward[1], forward[0]])
     ahead, aside = V - 1 - np.arange(V)[None, :, None], np.arange(V)[:, None, None] - V // 2
-    cx = x + forward[0] * ahead + right[0] * aside                    # (V, V, K) world coordinates
-    cy = y + forward[1] * ahead + right[1] * aside
-    inside = (cx >= 0) & (cx < W) & (cy >= 0) & (cy < H)
-    k = np.broadcast_to(np.arange(K), cx.shape)
-    clear = np.zeros((V, V, K), bool)                                 # outside counts as wall
-    clear[inside] = ~opaque[k[inside], cy[inside], cx[inside]]
-
-    mask = np.full((V, V, K), env.see_through_walls)                  # from here: Grid.process_vis
+    # Places in the world (V, V, K), of a grid with V more cells on each side, opaque ones.
+    places = (np.arange(len(opaque)), y + forward[1] * ahead + forward[0] * aside + V,
+              x + forward[0] * ahead - forward[1] * aside + V)
+    around = np.pad(opaque, ((0, 0), (V, V), (V, V)), constant_values=True)
+    clear = ~around[places]
+    mask = np.full(clear.shape, see_through_walls)                    # from here: Grid.process_vis
     mask[V // 2, V - 1] = True
     for j in reversed(range(V)):
         for i, to in [(i, i + 1) for i in range(V - 1)] + [(i, i - 1) for i in range(V - 1, 0, -1)]:
@@ -333,99 +276,97 @@ def visible_cells(env, opaque: np.ndarray, x, y, direction) -> np.ndarray:
             if j > 0:
                 mask[to, j - 1] |= passes
                 mask[i, j - 1] |= passes
-    mask &= inside
-    seen[k[mask], cy[mask], cx[mask]] = True
-    return seen
+    around[:] = False
+    around[places] = mask
+    return around[:, V:-V, V:-V]
 
 
-def render_frames(env, recorder: Recorder, tile_size: int):
-    """The recorder's frames as mosaics: tiles (K, H, W) uint16 into table (T, ts, ts, 3) uint8."""
-    H, W = env.grid.height, env.grid.width
-    grids = recorder.all_grids().reshape(-1, H, W)
-    grid, x, y, direction = np.array(list(recorder.states), np.int64).T
-    opaque = np.array([o is not None and not o.see_behind() for o in recorder.objects])
-    # A tile is decided by (kind of object, agent direction + 1 or 0, highlight): one code for each.
-    number_of = np.full(len(recorder.objects) * 10, -1)
-    images = {}
-    tiles = np.empty((len(grid), H, W), np.uint16)
+def render_frames(recorder: Recorder, tile_size: int):
+    """The frames of the recorder's states, as mosaics: tiles (K, H, W) into table (T, h, w, 3)
+    uint8. Images that the recorder was given are mosaics of one tile."""
+    grid, x, y, direction, image = np.array(list(recorder.states), np.int64).T
+    if recorder.images:
+        table = np.frombuffer(b"".join(map(zlib.decompress, recorder.images)), np.uint8)
+        return image[:, None, None], table.reshape(-1, *recorder.view[2:])
+    grids = recorder.all_grids()
+    codes, cells = np.unique(grids @ (1, 256, 65536), return_inverse=True)  # kinds of cell content
+    cells = cells.reshape(grids.shape[:3])
+    objects = [WorldObj.decode(code % 256, code // 256 % 256, code // 65536) for code in codes]
+    opaque = np.array([thing is not None and not thing.see_behind() for thing in objects])
+    # A tile is decided by (kind, agent direction + 1 or 0, highlight): one code for each.
+    number_of = np.full(len(objects) * 10, -1)
+    images, tiles = {}, np.empty((len(grid), *cells.shape[1:]), np.uint16)
     for at in range(0, len(grid), 1024):  # bounds the memory
         part = slice(at, at + 1024)
-        kinds = grids[grid[part]]
-        agent = np.zeros(kinds.shape, np.int64)
+        kinds = cells[grid[part]]
+        agent = np.zeros_like(kinds)
         agent[np.arange(len(kinds)), y[part], x[part]] = direction[part] + 1
-        lit = visible_cells(env, opaque[kinds], x[part], y[part], direction[part])
-        codes = (kinds * np.int64(5) + agent) * 2 + lit
+        lit = visible_cells(recorder.view[2:], opaque[kinds], x[part], y[part], direction[part])
+        codes = (kinds * 5 + agent) * 2 + lit
         used = np.bincount(codes.ravel(), minlength=len(number_of)) > 0
         for code in np.flatnonzero(used & (number_of < 0)):
             kind, pose, light = code // 10, code // 2 % 5, code % 2
-            image = Grid.render_tile(recorder.objects[kind], int(pose) - 1 if pose else None,
-                                     highlight=bool(light), tile_size=tile_size)
-            image = image.astype(np.uint8).tobytes()  # floats, truncated as Grid.render does
-            number_of[code] = images.setdefault(image, len(images))
+            tile = Grid.render_tile(objects[kind], int(pose) - 1 if pose else None,
+                                    highlight=bool(light), tile_size=tile_size)
+            tile = tile.astype(np.uint8).tobytes()  # floats, truncated as Grid.render does
+            number_of[code] = images.setdefault(tile, len(images))
         tiles[part] = number_of[codes]
     return tiles, np.frombuffer(b"".join(images), np.uint8).reshape(-1, tile_size, tile_size, 3)
 
 
 def pixels(tiles: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Tile numbers (K, H, W) into `table` (T, ts, ts, 3) -> images (K, H * ts, W * ts, 3) uint8.
-
-    Frames share most of their rows of tiles: each distinct row is put together once.
-    """
+    """Tile numbers (K, H, W) into `table` (T, h, w, 3) -> images (K, H * h, W * w, 3) uint8."""
     K, H, W = tiles.shape
-    ts = table.shape[1]
-    rows = {}  # {tile numbers of a row, as bytes: its number}
-    every, size = tiles.tobytes(), W * tiles.itemsize
-    index = [rows.setdefault(every[at:at + size], len(rows)) for at in range(0, len(every), size)]
-    row_tiles = np.frombuffer(b"".join(rows), tiles.dtype).reshape(-1, W)
-    strips = table[row_tiles].swapaxes(1, 2).reshape(len(rows), -1)  # (R, ts * W * ts * 3)
-    # mode="clip" spares numpy a check of every index, half of the time.
-    return strips.take(index, axis=0, mode="clip").reshape(K, H * ts, W * ts, 3)
+    T, h, w, _ = table.shape
+    images = np.empty((K, H, h, W, w * 3), np.uint8)
+    for row in range(h):  # mode="clip" spares numpy a check of every number
+        images[:, :, row] = table[:, row].reshape(T, w * 3).take(tiles, axis=0, mode="clip")
+    return images.reshape(K, H * h, W * w, 3)
 
 
 # -------------------------------------------------------------------------------------- collecting
-def collect_block(env_id, episodes, max_steps: int, tile_size: int, seed: int, weights,
-                  warm_up: int) -> dict:
-    """`collect_episodes` with its frames still as `tiles` (K, H, W) into `table` (T, ts, ts, 3)."""
-    env = make_env(env_id)
-    odds = action_odds(env, weights)
+def record(env_id: str, episodes, max_steps: int, tile_size: int, seed: int, fast: bool) -> tuple:
+    """What step_episodes gives. Fast: without images. Else each step is rendered the stock way."""
+    episodes = list(episodes)
+    env = make_env(env_id) if fast else stock_env(env_id, tile_size)
     try:
-        recorder, rows, first = step_episodes(env, episodes, max_steps, seed, odds, warm_up)
-    except Exception as error:  # some registered environments fail inside minigrid
-        raise CollectError(f"{env_id} fails when stepped ({type(error).__name__}: {error}): "
-                           f"choose another ENV_ID in collect_minigrid_data.py") from error
-    tiles, table = render_frames(env, recorder, tile_size)
-    looks = {}  # states can look alike where tiles are tiny: the first stands for their frame
-    look = np.array([looks.setdefault(frame.tobytes(), len(looks)) for frame in tiles])
-    shown = np.unique(look, return_index=True)[1]
-
-    H, W = tiles.shape[1:]
-    kinds = np.array(list(recorder.kinds), np.uint8)  # encode() triples
-    grids = recorder.all_grids().reshape(-1, H, W)
-    grids = kinds[grids].swapaxes(1, 2)               # (G, W, H, 3)
-    states = np.array(list(recorder.states), np.int64)
-    grid, position, direction = states[:, 0], states[:, 1:3], states[:, 3]
-    seen_episode, seen_hand = np.array(recorder.first_seen).T
-    episode, action, reward, terminated, truncated, state, hand, next_state = (
-        np.array(column) for column in (zip(*rows, strict=True) if rows else np.zeros((8, 0), int)))
-    terminated, truncated = terminated.astype(bool), truncated.astype(bool)
-    return {
-        "actions": action.astype(np.int64), "rewards": reward.astype(np.float32),
-        "dones": terminated | truncated, "terminated": terminated, "truncated": truncated,
-        "episode": episode.astype(np.int32), "agent_pos": position[state],
-        "agent_dir": direction[state], "grid": grids[grid[state]], "carrying": kinds[hand, :2],
-        "tiles": tiles[shown], "table": table, "first_index": look[first],
-        "obs_index": look[state], "next_obs_index": look[next_state],
-        "frame_agent_pos": position[shown], "frame_agent_dir": direction[shown],
-        "frame_grid": grids[grid[shown]], "frame_carrying": kinds[seen_hand[shown], :2],
-        "frame_episode": seen_episode[shown].astype(np.int32),
-    }
+        return step_episodes(env, episodes, max_steps, seed)
+    except Exception as error:
+        if fast:  # perhaps the stock way can
+            return record(env_id, episodes, max_steps, tile_size, seed, fast=False)
+        if isinstance(error, CollectError):
+            raise
+        raise CollectError(blame(env_id, error)) from error
 
 
-def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed: int) -> dict:
+def labels(recorder: Recorder, rows: np.ndarray) -> dict:
+    """{key: array} of the file, except the large ones."""
+    states = np.array(list(recorder.states), np.int64)[rows["state"]]
+    return {**{key: rows[key].copy() for key in KEYS if key in rows.dtype.names},
+            "dones": rows["terminated"] | rows["truncated"],
+            "agent_pos": states[:, 1:3], "agent_dir": states[:, 3]}
+
+
+def fast_is_right(env_id: str, tile_size: int) -> bool:
+    """Are frames put together from tiles, rewards and flags those of the stock wrappers? What may
+    be otherwise later is told by is_plain, the rest is tried on two episodes."""
+    env = registered_env(env_id)
+    return is_plain(env) and trial_is_right(env_id, tile_size, type(env.unwrapped))
+
+
+@functools.cache
+def trial_is_right(env_id: str, tile_size: int, _) -> bool:
+    fast, stock = (collect_episodes(env_id, range(2), 10, tile_size, 0, way)
+                   for way in (True, False))
+    return all(np.array_equal(fast[key], stock[key]) for key in stock)
+
+
+def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed: int,
+                     fast: bool | None = None) -> dict:
     """Collect in memory, without a file. An episode's content depends on (seed, number) alone.
 
-    episodes: episode numbers, at least one; max_steps: 0 gives one frame per episode.
-    Returns every key of the file except obs and next_obs, and instead of them
+    episodes: episode numbers, at least one; max_steps: 0 gives one frame per episode; fast: see
+    `record`, None tries it. Returns every key of the file except obs and next_obs, and for them
 
         frames                     (K, H, W, 3) uint8, distinct: equal pixels are one frame
         obs_index, next_obs_index  (N,) int64, into frames: obs = frames[obs_index]
@@ -435,160 +376,166 @@ def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed
 
     Raises CollectError for an environment that cannot be used.
     """
-    episodes = [int(episode) for episode in episodes]
-    block = collect_block(env_id, episodes, max_steps, tile_size, seed, ACTION_WEIGHTS,
-                          WARM_UP_STEPS)
-    block["metadata"] = metadata(env_id, len(episodes), max_steps, tile_size, seed)
-    return {"frames": pixels(block.pop("tiles"), block.pop("table")), **block}
+    fast = fast_is_right(env_id, tile_size) if fast is None else fast
+    recorder, rows, first = record(env_id, map(int, episodes), max_steps, tile_size, seed, fast)
+    tiles, table = render_frames(recorder, tile_size)
+    looks = {}  # states can look alike where tiles are tiny: the first stands for their frame
+    look = np.array([looks.setdefault(frame.tobytes(), len(looks)) for frame in tiles])
+    shown = np.unique(look, return_index=True)[1]
+    grids = recorder.all_grids().swapaxes(1, 2)                         # (G, W, H, 3)
+    states = np.array(list(recorder.states), np.int64)
+    seen_episode, seen_hand = zip(*recorder.first_seen, strict=True)
+    return {
+        **labels(recorder, rows), "grid": grids[states[rows["state"], 0]],
+        "metadata": metadata(env_id, len(first), max_steps, tile_size, seed),
+        "frames": pixels(tiles[shown], table), "first_index": look[first],
+        "obs_index": look[rows["state"]], "next_obs_index": look[rows["next_state"]],
+        "frame_agent_pos": states[shown, 1:3], "frame_agent_dir": states[shown, 3],
+        "frame_grid": grids[states[shown, 0]],
+        "frame_carrying": np.array(seen_hand, np.uint8)[shown],
+        "frame_episode": np.array(seen_episode, np.int32)[shown],
+    }
 
 
-def metadata(env_id: str, num_episodes: int, max_steps: int, tile_size: int, seed: int, **more):
+def decided_by(env_id: str, num_episodes: int, max_steps: int, tile_size: int, seed: int) -> dict:
+    """Of the metadata, the settings: what the data depend on."""
+    return {"format_version": FORMAT_VERSION, "env_id": env_id, "num_episodes": num_episodes,
+            "max_steps_per_episode": max_steps, "tile_size": tile_size, "seed": seed,
+            "policy": {"name": "random", "action_weights": [float(w) for w in ACTION_WEIGHTS],
+                       "warm_up_steps": WARM_UP_STEPS}}
+
+
+def metadata(*settings) -> np.ndarray:
     """One JSON text, as an array of one element: `json.loads(file["metadata"].item())`."""
     return np.array(json.dumps({
-        "format_version": FORMAT_VERSION, "env_id": env_id, "seed": seed, "tile_size": tile_size,
-        "policy": {"name": "random", "action_weights": [float(w) for w in ACTION_WEIGHTS],
-                   "warm_up_steps": WARM_UP_STEPS},
-        "max_steps_per_episode": max_steps, "num_episodes": num_episodes,
-        "num_actions": int(make_env(env_id).action_space.n),
+        **decided_by(*settings), "num_actions": registered_env(settings[0]).action_space.n,
         "versions": {"minigrid": version("minigrid"), "gymnasium": gym.__version__,
-                     "numpy": np.__version__}, **more,
-    }))
+                     "numpy": np.__version__}}, default=int))
+
+
+def fits_settings(found: dict | None) -> str | None:
+    """None where a file with the metadata `found` was made with the present constants, else the
+    first difference, as in "NUM_EPISODES was 4000, now 200", or NOT_OURS."""
+    now = decided_by(ENV_ID, NUM_EPISODES, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED)
+    if not isinstance(found, dict) or not now.keys() <= found.keys():
+        return NOT_OURS
+    now, found = ({**dict(about["policy"]), **about} for about in (now, found))
+    differ = (name for name in now if found.get(name) != now[name])
+    name = next(differ, None)
+    return name and f"{name.upper()} was {found.get(name)}, now {now[name]}"
 
 
 # ----------------------------------------------------------------------------------------- writing
-def deflate(pieces) -> tuple[bytes, int, int]:
-    """Compress a stream of bytes-like pieces. Returns (raw deflate data, CRC-32, raw size).
-
-    The data begin without history and end flushed to a byte, so what several workers made can
-    simply be joined into one deflate stream.
-    """
-    squeeze = zlib.compressobj(ZLIB_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
-    data, crc, size = [], 0, 0
-    for piece in pieces:
-        data.append(squeeze.compress(piece))
-        crc, size = zlib.crc32(piece, crc), size + memoryview(piece).nbytes
-    return b"".join([*data, squeeze.flush(zlib.Z_FULL_FLUSH)]), crc, size
-
-
-def join_crc(crc: int, next_crc: int, next_size: int) -> int:
-    """CRC-32 of two joined byte strings from those of each, as zlib's crc32_combine does it: the
-    first is multiplied by x ** (8 * next_size), a polynomial over GF(2) modulo the CRC's own."""
-    def times(a, b):
-        product = 0
-        for bit in reversed(range(32)):
-            product ^= b * (a >> bit & 1)
-            b = b >> 1 ^ 0xEDB88320 * (b & 1)
-        return product
-
-    power = 1 << 23  # x ** 8: the highest bit stands for x ** 0
-    while next_size:
-        if next_size & 1:
-            crc = times(crc, power)
-        power, next_size = times(power, power), next_size >> 1
-    return crc ^ next_crc
-
-
-def compressed_block(task: tuple) -> tuple[int, dict]:
-    """A worker's job: (episodes in the block, {key: (dtype, shape, *deflate(array))})."""
-    block = collect_block(*task)
-    tiles, table = block["tiles"], block["table"]
-    H, W = pixels(tiles[:1], table).shape[1:3]
-    at_once = max(1, CHUNK_BYTES // (H * W * 3))
-    parts = {}
-    for key in KEYS[:2]:
-        index = block[f"{key}_index"]
-        images = (pixels(tiles[index[at:at + at_once]], table)
-                  for at in range(0, len(index), at_once))
-        parts[key] = (table.dtype, (len(index), H, W, 3), *deflate(images))
-    for key in KEYS[2:-1]:
-        parts[key] = (block[key].dtype, block[key].shape, *deflate([block[key].tobytes()]))
-    return len(task[1]), parts
-
-
-def write_member(archive: zipfile.ZipFile, key: str, parts: list) -> tuple[np.dtype, tuple]:
-    """Add one array to the .npz from the parts that the workers compressed."""
-    dtype, shape = parts[0][:2]
-    shape = shape and (sum(part[1][0] for part in parts), *shape[1:])
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-    data, crc, size = deflate([header.getvalue()])
-    info = zipfile.ZipInfo(f"{key}.npy")  # dated 1980: the same data give the same bytes
-    with archive.open(info, "w", force_zip64=True) as member:  # as stored bytes
-        member.write(data)
-        for *_, data, part_crc, part_size in parts:
-            member.write(data)
-            crc, size = join_crc(crc, part_crc, part_size), size + part_size
-        member.write(END_OF_DEFLATE)
-    # zipfile cannot take compressed data, so say afterwards what the bytes are.
-    info.compress_type, info.CRC, info.file_size = zipfile.ZIP_DEFLATED, crc, size
-    archive.fp.seek(info.header_offset)
-    archive.fp.write(info.FileHeader(zip64=True))
-    return dtype, shape
-
-
-def write_file(path: Path, parts: dict) -> dict:
-    """Write the .npz whole or not at all. Returns {key: (dtype, shape)}."""
-    temporary = path.with_name(f".{path.stem}.tmp.npz")  # what a killed run left is overwritten
+def write_atomically(path, write, aside=None):
+    """Call write(temporary path) beside `path`, then move the result there in one step; the old
+    file goes to `aside`, if that is given. A run that fails or is killed leaves the old file as it
+    was. Two runs do not meet, as the temporary file has the process's number in its name; those
+    that killed runs left go after an hour."""
+    path = Path(path)
+    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                written = {key: write_member(archive, key, parts[key]) for key in KEYS}
-            file.flush()
+        write(temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if aside:
+            os.replace(path, aside)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return written
 
 
-def collect_parts(run, episodes: range, whole: np.ndarray, progress) -> dict:
-    """Collect and compress `episodes` with run, a kind of map: {key: [part, ...]}."""
-    size = max(1, BLOCK // MAX_STEPS_PER_EPISODE)
-    tasks = [(ENV_ID, episodes[at:at + size], MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED,
-              ACTION_WEIGHTS, WARM_UP_STEPS) for at in range(0, len(episodes), size)]
-    parts = {key: [] for key in KEYS[:-1]}
-    parts["metadata"] = [(whole.dtype, whole.shape, *deflate([whole.tobytes()]))]
-    for done, block in run(compressed_block, tasks):
-        for key, part in block.items():
-            parts[key].append(part)
-        progress.update(done)
-    return parts
+def collect_blocks() -> list:
+    """[(recorder, rows), ...] of all episodes in their order."""
+    fast, frame = fast_is_right(ENV_ID, TILE_SIZE), stock_env(ENV_ID, TILE_SIZE).reset(seed=0)[0]
+    size, blocks = max(1, BLOCK_BYTES // frame.nbytes // MAX_STEPS_PER_EPISODE), []
+    with tqdm(total=NUM_EPISODES, unit="episode", desc=ENV_ID) as progress:
+        for at in range(0, NUM_EPISODES, size):
+            episodes = range(NUM_EPISODES)[at:at + size]
+            block = record(ENV_ID, episodes, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED, fast)
+            blocks.append(block[:2])
+            progress.update(len(episodes))
+    return blocks
 
 
-def is_there(path: Path, whole: np.ndarray) -> bool:
-    """Has an earlier run of the same settings written this file?"""
+class Deflate:
+    """A compressor for zipfile that works with the threads of `pool`. Each piece becomes a deflate
+    stream of its own that ends at a whole byte, and such streams joined are one stream."""
+
+    def __init__(self, pool):
+        self.pool, self.pending = pool, collections.deque()
+
+    def piece(self, data) -> bytes:
+        squeeze = zlib.compressobj(ZLIB_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+        return squeeze.compress(data) + squeeze.flush(zlib.Z_FULL_FLUSH)
+
+    def compress(self, data) -> bytes:
+        self.pending.append(self.pool.submit(self.piece, data))
+        return self.pending.popleft().result() if len(self.pending) > 2 * NUM_WORKERS else b""
+
+    def flush(self) -> bytes:
+        last = zlib.compressobj(wbits=-zlib.MAX_WBITS).flush()
+        return b"".join(piece.result() for piece in self.pending) + last
+
+
+def pieces(key: str, recorder: Recorder, rows: np.ndarray):
+    """obs, next_obs or grid of one block, CHUNK_BYTES at a time."""
+    if key == "grid":
+        grid = np.array([state[0] for state in recorder.states])[rows["state"]]
+        yield recorder.all_grids().swapaxes(1, 2)[grid]
+        return
+    tiles, table = render_frames(recorder, TILE_SIZE)
+    index = rows["state" if key == "obs" else "next_state"]
+    count = max(1, CHUNK_BYTES // pixels(tiles[:1], table).nbytes)
+    for at in range(0, len(index), count):
+        yield pixels(tiles[index[at:at + count]], table)
+
+
+def write_npz(path, blocks: list):
+    """What np.savez_compressed writes, array by array and piece by piece."""
+    parts = [labels(*block) for block in blocks]
+    small = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    small["metadata"] = metadata(ENV_ID, NUM_EPISODES, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, \
+            ThreadPoolExecutor(NUM_WORKERS) as pool:
+        for key in KEYS:
+            parts = iter([small[key]] if key in small else (
+                part for block in tqdm(blocks, f"Writing {key}", leave=False)
+                for part in pieces(key, *block)))
+            part = next(parts)
+            shape = part.shape and (len(small["actions"]), *part.shape[1:])
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                member._compressor = Deflate(pool)
+                np.lib.format.write_array_header_1_0(member, {
+                    "descr": part.dtype.str, "fortran_order": False, "shape": shape})
+                for part in itertools.chain([part], parts):
+                    if part.shape[1:] != shape[1:]:
+                        raise CollectError(ONE_SIZE)
+                    member.write(np.ascontiguousarray(part))
+
+
+def keep_aside(path: Path) -> Path | None:
+    """A free name for the file that lies at `path`, where it was made with other settings. Raises
+    CollectError where this script did not make it."""
+    if not path.exists():
+        return None
     try:
         with np.load(path) as file:
-            return file["metadata"].item() == whole.item()
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
-        return False
-
-
-def collect_files(wanted: dict) -> dict:
-    """Collect what `files` names, NUM_WORKERS blocks at a time. Returns what the last file holds,
-    {key: (dtype, shape)}. Shards that an earlier run has written are kept."""
-    folder = data_path() if len(wanted) > 1 else data_path().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # a folder to write to, before the work
-    kept = [path for path in wanted if len(wanted) > 1 and is_there(path, wanted[path][1])]
-    if kept:
-        print(f"{folder} has {len(kept)} of {len(wanted)} files already: going on with the others")
-    for path in set(folder.glob("shard_*.npz") if len(wanted) > 1 else ()) - set(wanted):
-        path.unlink()  # of a run with more episodes
-    written, blocks = {}, min(NUM_EPISODES, shard_episodes()) * MAX_STEPS_PER_EPISODE / BLOCK
-    processes, pool = min(NUM_WORKERS, math.ceil(blocks)), contextlib.nullcontext()
-    if processes > 1:  # workers ignore Ctrl-C: this process gets it, and stops them
-        pool = ProcessPoolExecutor(processes, initializer=signal.signal,
-                                   initargs=(signal.SIGINT, signal.SIG_IGN))
-    with pool as workers, tqdm(total=NUM_EPISODES, unit="episode", desc=ENV_ID) as progress:
-        for path, (episodes, whole) in wanted.items():
-            if path in kept:
-                progress.update(len(episodes))
-            else:
-                written = write_file(path, collect_parts(workers.map if workers else map, episodes,
-                                                         whole, progress))
-    return written
+            found = json.loads(file["metadata"].item())
+    except Exception:  # whatever it is
+        found = None
+    differs = fits_settings(found)
+    if differs == NOT_OURS:
+        raise CollectError(f"{path} {NOT_OURS}: move it away, or edit DATA_FILE {EDIT}")
+    if differs is None:
+        return None
+    names = (path.with_name(f"{path.stem}_{n}{path.suffix}") for n in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    print(f"{path} is of other settings ({differs}): keeping it as {aside.name}")
+    return aside
 
 
 def check_settings():
@@ -596,46 +543,38 @@ def check_settings():
     def demand(good, name, wanted):
         if not good:
             raise CollectError(f"{name} must be {wanted}, not {globals()[name]!r}: "
-                               f"edit {name} in collect_minigrid_data.py")
+                               f"edit {name} {EDIT}")
 
-    for name, least in (("NUM_EPISODES", 1), ("MAX_STEPS_PER_EPISODE", 1), ("TILE_SIZE", 1),
-                        ("NUM_WORKERS", 1), ("SEED", 0), ("WARM_UP_STEPS", 0)):
+    demand(isinstance(ENV_ID, str), "ENV_ID", "a text")
+    demand(isinstance(DATA_FILE, str | Path), "DATA_FILE", "a path as a text")
+    for name, least in LEAST.items():
         value = globals()[name]
-        demand(type(value) is int and value >= least, name, f"a whole number, {least} or more")
-    try:
-        weights = np.array(ACTION_WEIGHTS, np.float64)
-        good = weights.shape == (7,) and weights.min() >= 0 and 0 < weights.sum() < np.inf
-    except (TypeError, ValueError):
-        good = False
-    demand(good, "ACTION_WEIGHTS", "7 numbers, none of them negative and not all of them zero")
-    action_odds(make_env(ENV_ID), ACTION_WEIGHTS)
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        demand(whole and value >= least, name, f"a whole number, {least} or more")
+    weights = isinstance(ACTION_WEIGHTS, tuple | list) and all(
+        isinstance(weight, numbers.Real) and 0 <= weight < np.inf for weight in ACTION_WEIGHTS)
+    demand(weights, "ACTION_WEIGHTS", "numbers, none of them negative")
+    action_odds(registered_env(ENV_ID))
 
 
 def main():
-    wanted = {}
     try:
         check_settings()
-        wanted = files()
-        written = collect_files(wanted)
+        path = data_path()
+        aside = keep_aside(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()  # a folder to write to, before the work
+        blocks = collect_blocks()
+        write_atomically(path, lambda temporary: write_npz(temporary, blocks), aside)
     except CollectError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: cannot write {data_path()}: {error.strerror or error}")
-    except BrokenExecutor:
-        sys.exit("error: a worker process died, perhaps for want of memory: "
-                 "lower NUM_WORKERS in collect_minigrid_data.py")
     except KeyboardInterrupt:
         sys.exit("interrupted: no file was left half-written, run python3 collect_minigrid_data.py "
-                 "to begin again" + (" with the missing files" if len(wanted) > 1 else ""))
-    size = sum(path.stat().st_size for path in wanted) / 1e6
-    if len(wanted) > 1:
-        print(f"Saved {data_path()} ({size:.1f} MB): {NUM_EPISODES} episodes of {ENV_ID} in "
-              f"{len(wanted)} files")
-        return
-    print(f"Saved {data_path()} ({size:.1f} MB): {NUM_EPISODES} episodes, "
-          f"{written['actions'][1][0]} transitions of {ENV_ID}")
-    for key, (dtype, shape) in written.items():
-        print(f"  {key:11} {shape!s:22} {dtype if shape else 'JSON text'}")
+                 "to begin again")
+    print(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB): {NUM_EPISODES} episodes, "
+          f"{sum(len(rows) for _, rows in blocks)} transitions of {ENV_ID}")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def report(name, plain, ours, unit):
           f" {statistics.median(ratios):7.1f}x  ({ratios[0]:.1f} to {ratios[-1]:.1f})", flush=True)
 
 
-def bench_stepping(env_id, stock_episodes, steps, odds):
+def bench_stepping(env_id, stock_episodes, steps):
     """The same episodes and actions by three loops: stock with wrappers, ours, and MiniGrid's own
     resets and steps without any image, the least that a loop around them can take."""
     stock, bare, times = plain_env(env_id), gym.make(env_id).unwrapped, []
@@ -164,8 +164,8 @@ def bench_stepping(env_id, stock_episodes, steps, odds):
         episodes = range(round_ * 100 + 100, round_ * 100 + 150)
         with contextlib.redirect_stdout(io.StringIO()):  # BabyAI prints the layouts it rejects
             began = time.perf_counter()
-            block = collect_minigrid_data.collect_block(env_id, episodes, steps, 8, 1, odds, 0)
-            frames = collect_minigrid_data.pixels(block["tiles"], block["table"])
+            block = collect_minigrid_data.collect_episodes(env_id, episodes, steps, 8, 1, fast=True)
+            frames = block["frames"]
             ours = time.perf_counter() - began
             least = seconds(lambda: replay(bare, block, episodes))
             began = time.perf_counter()
@@ -487,9 +487,12 @@ def bench_scale(folder):
 def main():
     collect_minigrid_data.WARM_UP_STEPS = 0  # in this process: the plain loop has none
     print(f"{'stage':49} {'plain':>10} {'ours':>10} {'':14} {'ratio':>8}  (range)")
+    weights = collect_minigrid_data.ACTION_WEIGHTS
+    collect_minigrid_data.ACTION_WEIGHTS = (1,) * 7  # the tutorial's uniform actions
     for env_id, stock_episodes in STEPPED.items():
-        bench_stepping(env_id, stock_episodes, 100, (1,) * 7)  # the tutorial's uniform actions
-    bench_stepping("MiniGrid-FourRooms-v0", 10, 20, collect_minigrid_data.ACTION_WEIGHTS)
+        bench_stepping(env_id, stock_episodes, 100)
+    collect_minigrid_data.ACTION_WEIGHTS = weights
+    bench_stepping("MiniGrid-FourRooms-v0", 10, 20)
     bench_vector_env()
     bench_navix()
     with tempfile.TemporaryDirectory() as name:

@@ -37,7 +37,7 @@ EVAL_SEED = 12345        # of the held-out layouts; the probes learn on those of
 EVAL_EPISODES = 200      # held-out layouts; all their distinct frames are candidates for hit@1
 EVAL_STEPS = 40          # steps an episode
 MAX_WINDOWS = 3000       # rollouts that hit@1 is measured on, spread evenly over the episodes
-STRICT_STATES = 20000    # layouts are taken for the strict hit@1 until they have so many states
+STRICT_STATES = 30000    # layouts are taken for the strict hit@1 until they have so many states
 HORIZON = 20             # steps of a rollout
 PROBE_LAYOUTS = 12000    # layouts whose first frame the probes learn on, and 64 a cell at least:
                          # each cell is a part of the room
@@ -46,9 +46,8 @@ PROBE_EPISODES = 800     # and 10 frames from episodes in each of these: doors a
 HERE = Path(__file__).resolve().parent
 NAMES = ("jepa", "reconstruction")
 FORWARD = 2              # MiniGrid's number of the action; 0 and 1 turn
-COLOURS = {              # Okabe & Ito 2008: told apart by colour-blind readers
-    "jepa": "#0072B2", "reconstruction": "#D55E00", "untrained": "#E69F00", "copy": "#009E73",
-    "raw pixels": "#CC79A7", "majority": "black", "chance": "black"}
+COLOURS = {"jepa": "#0072B2", "reconstruction": "#D55E00", "untrained": "#E69F00",
+           "copy": "#009E73", "chance": "black"}  # Okabe & Ito 2008: for colour-blind readers too
 
 
 def check_settings():
@@ -63,10 +62,7 @@ def check_settings():
 
 # -------------------------------------------------- 1. load: checkpoints, data, held-out layouts
 def load_models(data, device):
-    """-> {name: contents}, {name: model on `device`} of the checkpoints in HERE.
-
-    CheckpointError where there is none, or one that does not fit the data.
-    """
+    """-> {name: contents}, {name: model on `device`} of the checkpoints in HERE that fit."""
     paths = {name: HERE / f"{name}_world_model.pt" for name in NAMES}
     names = [name for name in NAMES if paths[name].exists()] or NAMES[:1]
     contents = {name: jepa.read_checkpoint(paths[name]) for name in names}
@@ -87,12 +83,9 @@ def image_size(data):
 
 
 def collect_held_out(data, contents):
-    """The layouts to measure on, and the seed of those to train probes on (None: no labels).
-
-    Returns the dict of collect_minigrid_data.collect_episodes, whose `frames` are distinct, with
-    its `seed` and an `env` to step. A file with the tutorial's five keys does not say how to
-    collect more: then its own held-out episodes stand in, without labels or simulator.
-    """
+    """The layouts to measure on, as collect_episodes gives them, with their `seed` and an `env` to
+    step, and the seed of those to train probes on. Where a file does not say how to collect more,
+    its own held-out episodes stand in, without labels or simulator, and there is no such seed."""
     meta = data.metadata
     if "env_id" not in meta or "tile_size" not in meta:
         return own_held_out(data, next(iter(contents.values()))["settings"]), None
@@ -121,8 +114,8 @@ def own_held_out(data, settings):
 
 
 def cut_windows(world, most):
-    """Up to `most` rollouts: frames (N, HORIZON+1) and actions (N, HORIZON) of which step k is
-    there where valid[:, k-1] (N, HORIZON) bool. No window crosses the end of an episode."""
+    """Up to `most` rollouts: frames (N, HORIZON+1), actions and valid (N, HORIZON). Step k is there
+    where valid[:, k-1]: no window crosses the end of an episode."""
     before, after = world["obs_index"], world["next_obs_index"]
     linked = (world["episode"][1:] == world["episode"][:-1]) & (after[:-1] == before[1:])
     last = np.append(np.flatnonzero(~linked), len(before) - 1)  # of each unbroken run
@@ -175,7 +168,7 @@ def find_hits(imagined, target, true, counted):
     came about, counted (N, T) bool. Ties are misses.
     """
     return [jepa.hits_at_1(imagined[rows, k], target,
-                      torch.from_numpy(true[rows, k]).to(target.device)).tolist()
+                           torch.from_numpy(true[rows, k]).to(target.device)).tolist()
             for k, rows in enumerate(map(np.flatnonzero, counted.T))]
 
 
@@ -184,11 +177,8 @@ def mean(values):
 
 
 def score_dynamics(models, world, device):
-    """-> {name: {z_std, rank, hit@1, ...}}, {name: latents}; hit@1 is None where nothing moved.
-
-    Only windows whose last frame differs from their first count. Latents: `online` and `target`
-    (K, D) of the held-out frames, `imagined` (N, HORIZON, D).
-    """
+    """-> {name: {z_std, rank, hit@1, ...}} and {name: latents}: `online` and `target` (K, D) of the
+    held-out frames, `imagined` (N, HORIZON, D). hit@1 is None where nothing moved."""
     frames, actions, valid = world["windows"]
     shuffled = np.random.default_rng(0).permutation(actions)  # windows get those of others
     counted = valid & (frames[:, 1:] != frames[:, :1])
@@ -216,9 +206,9 @@ def score_dynamics(models, world, device):
 def decoder_errors(model, latents, world):
     """Mean squared errors of some decoded frames, pixels in [0, 1], and of their mean image."""
     frames, _, valid = world["windows"]
-    steps = min(10, HORIZON)
+    steps = int(min(10, valid.sum(1).max()))
     every, rows = np.arange(len(world["frames"])), np.flatnonzero(valid[:, steps - 1])
-    every, rows = every[::-(-len(every) // 300)], rows[::-(-len(rows) // 300) or 1]
+    every, rows = every[::-(-len(every) // 300)], rows[::-(-len(rows) // 300)]
     errors = {}
     for key, z, true in (
             ("encoded", latents["online"][every], every),
@@ -231,12 +221,11 @@ def decoder_errors(model, latents, world):
 
 # -------------------------------------------------- 4. with the simulator: the strict hit@1, chance
 def states_like(world, frame, *tile_sizes):
-    """All that the agent can reach by turning and walking from held-out frame number `frame`, all
-    other things (doors, keys) as they are there.
+    """What the agent can reach from held-out frame number `frame` by turning and walking in the
+    real simulator, doors, keys and so on as they are there. What ends the episode is not crossed.
 
-    The real simulator is stepped from every pose; what ends the episode is reached, not crossed.
-    Returns poses [(x, y, direction)] that look different, and for each of the tile sizes their
-    images (K, H, W, 3) uint8.
+    -> poses [(x, y, direction)] that look different, and a list of their images (C, H, W, 3) uint8
+    for each of the tile sizes.
     """
     env = world["env"]
     env.reset(seed=collect.env_seed(world["seed"], int(world["frame_episode"][frame])))
@@ -269,8 +258,8 @@ def states_like(world, frame, *tile_sizes):
 
 
 def layouts_with_states(world, tile_size):
-    """Yields (images (C, H, W, 3) of all states of one layout, place (K,): which of them each
-    held-out frame is, -1 where it is none), until there were STRICT_STATES."""
+    """Yields images (C, H, W, 3) of all states of one layout, and place (K,), which of them each
+    held-out frame is or -1, until there were STRICT_STATES."""
     numbers, states = {}, 0
     situation = np.array([numbers.setdefault((episode, grid.tobytes()), len(numbers)) for
                           episode, grid in zip(world["frame_episode"], world["frame_grid"])])
@@ -278,8 +267,8 @@ def layouts_with_states(world, tile_size):
         missing = np.flatnonzero(situation == number)
         while len(missing) and states < STRICT_STATES:
             frame = world["frames"][missing[:1]]
-            images = np.concatenate([frame, *states_like(world, missing[0], tile_size)[1]])
-            images = images[~(images == frame).all((1, 2, 3)) | (np.arange(len(images)) == 0)]
+            images = states_like(world, missing[0], tile_size)[1][0]
+            images = np.concatenate([frame, images[(images != frame).any((1, 2, 3))]])
             looks = {image.tobytes(): i for i, image in enumerate(images)}
             place = np.full(len(situation), -1)
             place[missing] = [looks.get(world["frames"][f].tobytes(), -1) for f in missing]
@@ -289,10 +278,8 @@ def layouts_with_states(world, tile_size):
 
 
 def score_strictly(models, latents, world, tile_size, device):
-    """-> {name: {"hit@1 strict": [HORIZON], "blocked moves": share}} of models and chance, counts.
-
-    Blocked moves: forward, and the picture stays. The prediction must be nearest to it.
-    """
+    """-> {name: {"hit@1 strict": [HORIZON], "blocked moves": share}}, counts. In a blocked move
+    the action is forward and the picture stays: the prediction must be nearest to it."""
     frames, actions, valid = cut_windows(world, len(world["actions"]))
     moved = valid & (frames[:, 1:] != frames[:, :1])
     before = world["obs_index"]
@@ -321,11 +308,8 @@ def score_strictly(models, latents, world, tile_size, device):
 
 
 def predictable_share(env_id):
-    """Share of steps whose outcome is the commonest one: 1.0 where the world is not random.
-
-    Copies of the simulator take the same step with other random numbers. The commonest of five
-    outcomes is checked on five others.
-    """
+    """Share of steps whose outcome is the commonest one: 1.0 where the world is not random. Copies
+    of the simulator step with other random numbers: five guess, five others check it."""
     env, right = gym.make(env_id, disable_env_checker=True), []
     for case in range(70):
         env.reset(seed=case // 7)
@@ -342,11 +326,8 @@ def predictable_share(env_id):
 
 # ------------------------------------ 5. probes: which facts can a linear map read from the latent?
 def facts_of(labels):
-    """Labels of K frames (keys frame_* of collect_episodes) -> {fact: (K, parts) int64}.
-
-    A fact is known where all its parts are. `room configuration` has a part for each cell: is it
-    a wall, a door, lava, or none of them?
-    """
+    """Labels frame_* of K frames -> {fact: (K, parts) int64}, known where all its parts are. `room
+    configuration` has a part for each cell: is it a wall, a door, lava, or none of them?"""
     grid, position = labels["frame_grid"], labels["frame_agent_pos"]
     kind, _, state = grid.reshape(len(grid), -1, 3).transpose(2, 0, 1).astype(int)
 
@@ -373,13 +354,13 @@ def facts_of(labels):
 def softmax_probe(z, y, num_classes):
     """Multinomial logistic regression -> predict, a function from (M, D) to classes (M, parts).
 
-    z (N, D) latents, y (N, parts) int64 classes: an independent softmax for each part. Learns on
-    whitened latents, or a goal that is there (.97) is read at .77, the rest lost in slow
-    convergence. Directions with less than 1e-6 of the largest variance are left out: scaled up by
-    more than 1,000, what imagined latents hold of them would drown all the rest.
+    z (N, D) latents, y (N, parts) int64 classes: an independent softmax for each part. It learns
+    slowly unless latents are whitened. Directions with less than 1e-6 of the largest variance are
+    left out: scaled up by more than 1,000, what imagined latents hold of them would drown the rest.
     """
     centre, parts = z.mean(0), y.shape[1]
-    variance, axes = torch.linalg.eigh(torch.cov(z.T.cpu().double(), correction=0))
+    centred = (z - centre).cpu().double()
+    variance, axes = torch.linalg.eigh(centred.T @ centred / len(z))
     kept = variance > 1e-6 * variance[-1]
     white = (axes[:, kept] / variance[kept].sqrt()).float().to(z.device)
 
@@ -430,11 +411,8 @@ def pixel_components(frames, device):
 
 
 def score_probes(models, latents, world, seed, meta, device):
-    """-> {name: {fact: {steps ahead: share of frames known exactly}}}, and the number of frames
-    learnt on. A constant fact's score is "constant".
-
-    Names: the models, `raw pixels`, and `majority`, which always gives the commonest class.
-    """
+    """-> {name: {fact: {steps ahead: share of frames known exactly} or "constant"}}, and the number
+    of frames learnt on. `majority` always gives the commonest class."""
     encoders = {name: model.encode_target for name, model in models.items()}
     encoders["raw pixels"] = pixel_components(world["frames"], device)
     features, labels = collect_probe_data(encoders, world, seed, meta, device)
@@ -460,9 +438,9 @@ def score_probes(models, latents, world, seed, meta, device):
         if len(classes):
             right["majority"][fact] = {"0": (y[:N].mode(0).values == y[N:]).all(1)}
     for known in right.values():
-        if "agent cell" in known and "agent direction" in known:
-            known["agent pose"] = {
-                k: v & known["agent direction"][k] for k, v in known["agent cell"].items()}
+        if {"agent cell", "agent direction"} <= known.keys():
+            known["agent pose"] = {k: known["agent cell"][k] & v
+                                   for k, v in known["agent direction"].items()}
     return {name: {fact: {k: v.float().mean().item() for k, v in known[fact].items()}
                    if fact in known else "constant" for fact in ("agent pose", *facts_of(both))}
             for name, known in right.items()}, N
@@ -470,11 +448,8 @@ def score_probes(models, latents, world, seed, meta, device):
 
 # ------------------------------------------------------------------------------------- 6. verdict
 def judge(score, untrained, copied, predictable=None):
-    """-> "healthy", "collapsed", "not learnt yet" or "random world", and [(fine, sentence), ...].
-
-    score has z_std, "cosine of neighbours", rank, dims, epoch, hit@1 (a list, one step first) and,
-    where there is a simulator, "hit@1 strict"; predictable is what predictable_share gives.
-    """
+    """Scores of a model and two controls, and what predictable_share gives -> "healthy",
+    "collapsed", "not learnt yet" or "random world", and [(fine, sentence), ...]."""
     spread, near, random = score["z_std"], score["cosine of neighbours"], (predictable or 1) < 1
     hit, floor, copies = (s["hit@1"][0] or 0 for s in (score, untrained, copied))
     crowded = not (spread >= 0.5 or near <= 0.99)  # also where they are not numbers
@@ -547,12 +522,9 @@ def print_report(report):
 
 # ------------------------------------------------------------------------------------- 7. pictures
 def imagined_pictures(models, latents, world, tile_size, device):
-    """The window with most different frames, in pictures: {model or "truth": [shot of step 0, 1,
-    ...]}, a shot being (image, pose or None, whether it is the true one).
-
-    An imagined latent is shown as the state of the layout that is nearest to it; without a
-    simulator, as the nearest held-out frame.
-    """
+    """The window with most different frames -> {model or "truth": [(image, pose or None, whether it
+    is the true one), ...]}, one for each step from 0. An imagined latent is shown as the nearest
+    state of the layout; without a simulator, as the nearest held-out frame."""
     frames, _, valid = world["windows"]
     steps = valid.sum(1).max()
     window = max(np.flatnonzero(valid[:, steps - 1]), key=lambda w: len(set(frames[w, :steps + 1])))
@@ -576,7 +548,7 @@ def imagined_pictures(models, latents, world, tile_size, device):
 
 
 def show(axis, shot):
-    """A picture, a ring around its agent, and a red frame where it is not the true one."""
+    """A picture, its agent ringed, in a red frame where it is not the true one."""
     image, pose, right = shot
     axis.clear()
     axis.imshow(image)
@@ -603,7 +575,6 @@ def draw_gif(path, imagined, truth):
 
 
 def plot_hits(axis, report):
-    """hit@1 against the horizon."""
     for kind, style, more in (("hit@1 strict", "-o", ", all states of the layout"),
                               ("hit@1", "--", ""),
                               ("hit@1, shuffled actions", ":", ", shuffled actions")):

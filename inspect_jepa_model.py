@@ -450,7 +450,8 @@ def score_probes(models, latents, world, seed, meta, device):
 def judge(score, untrained, copied, predictable=None):
     """Scores of a model and two controls, and what predictable_share gives -> "healthy",
     "collapsed", "not learnt yet" or "random world", and [(fine, sentence), ...]."""
-    spread, near, random = score["z_std"], score["cosine of neighbours"], (predictable or 1) < 1
+    spread, near = score["z_std"], score["cosine of neighbours"]
+    random = predictable is not None and predictable < 1
     hit, floor, copies = (s["hit@1"][0] or 0 for s in (score, untrained, copied))
     crowded = not (spread >= 0.5 or near <= 0.99)  # also where they are not numbers
     found = hit > max(floor, copies) + 0.1
@@ -488,8 +489,8 @@ def print_report(report):
     steps = [k for k in (1, 5, 10, 20) if k <= HORIZON]
     its = world["strict"] or {"layouts": 0, "states": 0, "blocked moves": 0}
     for kind, what in {
-        "hit@1 strict": f"the true frame among all {its['states']:.0f} states of the same layout, "
-                        f"{its['layouts']} layouts; moved only, ties are misses",
+        "hit@1 strict": f"the true frame among all {its['states']:.0f} states that its layout, "
+                        f"doors and so on allow, {its['layouts']} times; ties are misses",
         "blocked moves": f"{its['blocked moves']} times forward, and the picture stays; strict",
         "hit@1": f"among all {world['candidates']} frames of {world['layouts']} held-out layouts",
         "hit@1, shuffled actions": "the same with the actions of another window",

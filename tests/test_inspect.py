@@ -209,6 +209,7 @@ FINE = {"z_std": 0.9, "cosine of neighbours": 0.8, "rank": 80.0, "dims": 128, "e
     ({"hit@1": [None], "hit@1 strict": [None]}, 1.0, "not learnt yet", [1, 2]),
     ({"hit@1 strict": [0.02]}, 1.0, "not learnt yet", [2]),
     ({"hit@1": [0.02]}, 0.1, "random world", []),
+    ({"hit@1": [0.02]}, 0.0, "random world", []),
     ({"hit@1": [0.02], "hit@1 strict": [0.1]}, 0.1, "not learnt yet", [2]),
 ])
 def test_verdict(change, predictable, word, bad):

@@ -173,7 +173,7 @@ def find_hits(imagined, target, true, counted):
 
 
 def mean(values):
-    return float(np.mean(values)) if len(values) else None
+    return float(np.mean(values)) if values else None
 
 
 def score_dynamics(models, world, device):
@@ -459,7 +459,7 @@ def judge(score, untrained, copied, predictable=None):
         (not crowded, f"z_std {spread:.2f} (untrained {untrained['z_std']:.2f}), cosine of "
          f"different frames one step apart {near:.3f}: below 0.50 and above 0.99, latents crowd"),
         (found or random, f"hit@1 {hit:.2f} at one step, untrained {floor:.2f}, copy {copies:.2f}: "
-         f"found, where it is 0.10 above both (after {score['epoch']} epochs)")]
+         "found, where it is 0.10 above both")]
     if "hit@1 strict" in score:
         strict, copies = (s["hit@1 strict"][0] or 0 for s in (score, copied))
         # In a random world it decides alone: its candidates show what else has moved.
@@ -515,7 +515,7 @@ def print_report(report):
             print_table(f"{name}: mean squared error of pixels", ["decoded", "mean image"],
                         [(key, its.values()) for key, its in score["decoder"].items()])
     for name, score in models.items():
-        print(f"\n{name}:")
+        print(f"\n{name}, after {score['epoch']} epochs:")
         for fine, reason in score["reasons"]:
             print(f"  {'ok ' if fine else 'BAD'}  {reason}")
         print(f"Verdict: {score['verdict']}")
@@ -531,16 +531,14 @@ def imagined_pictures(models, latents, world, tile_size, device):
     window = max(np.flatnonzero(valid[:, steps - 1]), key=lambda w: len(set(frames[w, :steps + 1])))
     shots, small = {name: [] for name in [*models, "truth"]}, np.empty((0, 1, 1, 1))
     for k, true in enumerate(frames[window, :steps + 1]):
-        def where():
-            return np.flatnonzero((small == world["frames"][true]).all((1, 2, 3)))
-
-        if not len(where()):
+        if not (small == world["frames"][true]).all((1, 2, 3)).any():
+            poses, small, big = [None] * len(world["frames"]), world["frames"], world["frames"]
             if "env" in world:
-                poses, (small, big) = states_like(world, true, tile_size, 16)
-            if "env" not in world or not len(where()):
-                poses, small, big = [None] * len(world["frames"]), world["frames"], world["frames"]
+                there, images = states_like(world, true, tile_size, 16)
+                if (images[0] == world["frames"][true]).all((1, 2, 3)).any():
+                    poses, (small, big) = there, images
             targets = {n: encode_all(m.encode_target, small, device) for n, m in models.items()}
-        right = where()[0]
+        right = (small == world["frames"][true]).all((1, 2, 3)).argmax()
         for name in shots:
             nearest = right if k == 0 or name == "truth" else int(
                 (targets[name] @ latents[name]["imagined"][window, k - 1]).argmax())
@@ -575,20 +573,6 @@ def draw_gif(path, imagined, truth):
             writer.grab_frame()
 
 
-def plot_hits(axis, report):
-    for kind, style, more in (("hit@1 strict", "-o", ", all states of the layout"),
-                              ("hit@1", "--", ""),
-                              ("hit@1, shuffled actions", ":", ", shuffled actions")):
-        for name, score in {**report["checkpoints"], **report["controls"]}.items():
-            if kind in score and (name in NAMES or kind == "hit@1"):
-                axis.plot(range(1, HORIZON + 1), np.array(score[kind], float), style, ms=5, lw=2,
-                          color=COLOURS[name], label=name + more)
-    axis.set(title="Finding the true frame", xlabel="steps imagined", ylim=(-0.03, 1.03),
-             ylabel="hit@1 (share of moved windows)", xticks=[1, *range(5, HORIZON + 1, 5)])
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.grid(alpha=0.3)
-
-
 def draw(path, report, shots):
     """inspection.png: a strip of each model's imagination above what happened, then hit@1."""
     chosen = sorted({round(s) for s in np.linspace(0, min(10, len(shots["truth"]) - 1), 9)})
@@ -604,7 +588,18 @@ def draw(path, report, shots):
         axis.set_title(f"step {k}" if k else "sees only this")
     top.suptitle("One frame seen, then actions only; shown is the real frame nearest to the "
                  "imagined latent (red: the wrong one)")
-    plot_hits(bottom.subplots(), report)
+    axis = bottom.subplots()
+    for kind, style, more in (("hit@1 strict", "-o", ", all states of the layout"),
+                              ("hit@1", "--", ""),
+                              ("hit@1, shuffled actions", ":", ", shuffled actions")):
+        for name, score in {**report["checkpoints"], **report["controls"]}.items():
+            if kind in score and (name in NAMES or kind == "hit@1"):
+                axis.plot(range(1, HORIZON + 1), np.array(score[kind], float), style, ms=5, lw=2,
+                          color=COLOURS[name], label=name + more)
+    axis.set(title="Finding the true frame", xlabel="steps imagined", ylim=(-0.03, 1.03),
+             ylabel="hit@1 (share of moved windows)", xticks=[1, *range(5, HORIZON + 1, 5)])
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
 

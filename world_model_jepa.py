@@ -1,17 +1,20 @@
-"""The world model: an image encoder, latent dynamics, and an EMA target encoder (JEPA).
+"""The world model: encoder, latent dynamics, EMA target encoder, and the losses that shape them.
 
     from world_model_jepa import load_checkpoint
     model = load_checkpoint("jepa_world_model.pt")
-    z = model.encode(obs)                  # (B, 3, H, W) in [0, 1] -> (B, 128)
-    z_next = model.predict_next(z, action) # the latent one action later, no pixel in between
+    z = model.encode(obs)                   # (B, 3, H, W) in [0, 1] -> (B, 128), unit norm
+    z_next = model.predict_next(z, action)  # the latent one action later, no pixel in between
 
-This module reads and writes nothing but checkpoints. `train_jepa.py` trains the models,
-`inspect_jepa_model.py` and `plan_with_jepa.py` use them.
+A latent has two parts of equal norm: the moving part is all that changes within an episode, the
+static part what stays. The objective, in one line:
+
+    L = prediction + places + spread + smoothness + pointing
+
+This module reads and writes nothing but checkpoints.
 """
 
 import copy
 import math
-import os
 import zipfile
 from pathlib import Path
 
@@ -19,40 +22,42 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CHECKPOINT_FORMAT = 3
+from collect_minigrid_data import write_atomically
+
+CHECKPOINT_FORMAT = 4
 
 
 # ---------------------------------------------------------------------------------------------
 # 1. Encoder: an image becomes a point on the unit sphere
 # ---------------------------------------------------------------------------------------------
+def join(moving, static):
+    """(..., M) and (..., S) -> (..., M + S) of unit norm, both parts of equal norm; their leading
+    shapes broadcast."""
+    shape = torch.broadcast_shapes(moving.shape[:-1], static.shape[:-1])
+    parts = (F.normalize(x, dim=-1).expand(*shape, -1) for x in (moving, static))
+    return torch.cat(list(parts), -1) * math.sqrt(0.5)
 
 
-def to_spheres(z, moving_dim, spheres=2):
-    """(..., D) -> (..., D) of unit norm. With 2 spheres, the first moving_dim dims and the others
-    each have a constant norm, its square being their share of the dims."""
-    D = z.shape[-1]
-    parts = z.split([D] if spheres == 1 else [moving_dim, D - moving_dim], -1)
-    return torch.cat([F.normalize(x, dim=-1) * math.sqrt(x.shape[-1] / D) for x in parts], -1)
-
-
-def normalise(x):
-    """Layer norm over the channels of (B, C, rows, columns), without parameters."""
-    x = x - x.mean(1, keepdim=True)
-    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)
+def cut(obs, patch_size):
+    """Images (B, C, H, W) -> patches (B * h * w, C, p, p), and index (B, h, w) into them."""
+    B, C, H, W = obs.shape
+    h, w = H // patch_size, W // patch_size
+    patches = obs.view(B, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
+    index = torch.arange(B * h * w, device=obs.device).view(B, h, w)
+    return patches.reshape(-1, C, patch_size, patch_size), index
 
 
 def maxima(features, lines):
-    """Features of tiles (M, C), lines (B, n, length) of tiles -> (B, n, C): each line's maxima.
+    """Features of patches (P, C), lines (B, n, length) of patches -> (B, n, C): each line's maxima.
 
-    Few lines of a batch differ, so on the CPU each kind of line is looked at once. Lines are told
-    apart by the sums of random 64-bit numbers of their tiles. (Accelerators would have to wait for
-    the number of kinds, and are quick enough without.)
+    Few lines of a batch differ, so each kind of line is looked at once. Lines are told apart by the
+    sums of random 64-bit numbers of their patches.
     """
-    if lines.device.type != "cpu":
-        return F.embedding(lines, features).max(2).values
-    number = torch.randint(2**62, (len(features),), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    number = torch.randint(2**62, (len(features),), generator=generator).to(lines.device)
     kinds, kind = number[lines].sum(-1).unique(return_inverse=True)     # (K,), (B, n)
-    example = torch.empty_like(kinds).scatter_(0, kind.flatten(), torch.arange(kind.numel()))
+    every = torch.arange(kind.numel(), device=lines.device)
+    example = torch.empty_like(kinds).scatter_(0, kind.flatten(), every)
     lines = lines.flatten(0, 1)[example]                                # (K, length)
     return F.embedding(kind, F.embedding(lines, features).max(1).values)
 
@@ -60,200 +65,157 @@ def maxima(features, lines):
 class ConvEncoder(nn.Module):
     """A small CNN: (B, in_channels, H, W) float in [0, 1] -> (B, latent_dim), unit norm.
 
-    One convolution whose stride is its kernel looks at each `patch_size` x `patch_size` patch by
-    itself (a MiniGrid tile, when the patch is the tile). Two readouts then fill the two parts of
-    the latent:
+    Convolutions whose stride is their kernel look at each `patch_size` x `patch_size` patch by
+    itself. Two readouts then fill the two parts of the latent:
 
-    - the first `moving_dim` dims read where things are along each axis: every channel's maximum
-      over rows, over columns, and over the image. "What is there, in which row, in which column"
-      is a code in which one step of the agent is the same small change everywhere.
-    - the other dims are a linear map of all patches: it can keep each wall and gap of a layout,
-      which maxima over rows and columns cannot. It sees a patch as `features` numbers, the same
-      everywhere: a wall is drawn in two greys, as the agent sees it or not, and that both are a
-      wall is learnt once instead of at each place.
-
-    Patch features are normalised over channels (layer norm without parameters). Without it the
-    rare, bright goal tile outgrows the wall tile, and the wall's gaps vanish from the latent.
-
-    Args:
-        image_size: (H, W) in pixels; both must be multiples of patch_size.
-        channels: patch features of each readout.
-        features: numbers that these are brought down to for the second.
-        spheres: 1 for the whole latent, or 2, one for each part.
-        moving_dim: size of the first part; 0 < moving_dim < latent_dim.
+    - the moving part (first `moving_dim` dims) reads each channel's maximum over every row, over
+      every column and over the image: one step of the agent is the same small change everywhere.
+    - the static part is a linear map of `features` numbers at every place, so that it can keep each
+      wall and gap of a layout. They come from a convolution that stays as it began (as the patch
+      projection of MoCo v3: Chen et al. 2021), or they would all become equal, which is easiest to
+      predict.
 
     Raises:
         ValueError: the image size is no multiple of the patch size.
     """
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
-                 channels=24, moving_dim=44, features=4, spheres=1):
+                 channels=24, features=8, moving_dim=48):
         super().__init__()
-        self.spheres = spheres
         height, width = image_size
         if height % patch_size or width % patch_size:
             raise ValueError(
                 f"image size {height}x{width} is no multiple of the patch size {patch_size}")
-        rows, columns = height // patch_size, width // patch_size
-        self.convolution = nn.Conv2d(in_channels, 2 * channels, patch_size, stride=patch_size)
-        self.moving = nn.Linear(channels * (rows + columns + 1), moving_dim)
-        self.embed = nn.Conv2d(channels, features, 1)
-        self.still = nn.Linear(features * rows * columns, latent_dim - moving_dim)
+        h, w = height // patch_size, width // patch_size
+        self.patch_size = patch_size
+        self.convolution = nn.Conv2d(in_channels, channels, patch_size, stride=patch_size)
+        self.fixed = copy.deepcopy(self.convolution).requires_grad_(False)
+        self.register_buffer("average", torch.zeros(channels))  # of `fixed` over the data's frames
+        self.moving = nn.Linear(channels * (h + w + 1), moving_dim)
+        self.embed = nn.Linear(channels, features)
+        self.static = nn.Linear(features * h * w, latent_dim - moving_dim)
+
+    @torch.no_grad()
+    def start_from(self, patches, counts):
+        """Starts the convolutions with filters that find the patches (P, C, p, p) of the data about
+        equally far apart: random filters of whitened patches (Coates, Ng & Lee 2011). A closed door
+        in the dark differs from floor by a tenth of the range, next to nothing to usual filters.
+        `counts` (P,): how often each patch occurs."""
+        x = patches.flatten(1)[:10_000]
+        _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
+        for layer in (self.convolution, self.fixed):
+            filters = torch.randn(len(layer.bias), len(size)) * scale @ axes * (
+                len(x) / len(size)) ** 0.5
+            layer.weight.copy_(filters.view_as(layer.weight))
+            layer.bias.copy_(filters @ (0.5 - x.mean(0)))
+        self.average.zero_()
+        for some, count in zip(patches.split(4096), (counts / counts.sum()).split(4096)):
+            self.average += count @ self.look(self.fixed, some)
+
+    def look(self, convolution, patches):
+        """(P, C, p, p) -> features (P, channels): convolution, layer norm, ReLU."""
+        x = convolution(patches - 0.5).flatten(1)
+        return F.relu(F.layer_norm(x, x.shape[1:]))
+
+    def embed_patches(self, patches):
+        """(P, C, p, p) -> (P, features): what the static part sees of them, 0 for the average."""
+        return self.embed(self.look(self.fixed, patches) - self.average)
 
     def forward(self, obs):
-        where, what = (x.movedim(1, 3) for x in self.look(obs))     # (B, rows, columns, C) each
-        return self.join(self.profiles(where), self.still(what.flatten(1)))
+        return self.from_patches(*cut(obs, self.patch_size))[0]
 
-    def look(self, obs):
-        """Pixels (B, in_channels, H, W) -> two maps of features, one for each readout:
-        (B, channels, rows, columns) and (B, features, rows, columns)."""
-        x = self.convolution(obs - 0.5)
-        where, what = (F.relu(normalise(part)) for part in x.chunk(2, 1))
-        return where, self.embed(what)
+    def from_patches(self, patches, index):
+        """Images put together from patches (P, C, p, p) as index (B, h, w) says -> their latents
+        (B, latent_dim), and profiles (B, h + w, channels): the maxima of each row and column.
 
-    def profiles(self, where):
-        """(B, rows, columns, C) -> maxima (B, rows + columns, C): of each row, of each column."""
-        return torch.cat([where.max(2).values, where.max(1).values], 1)
-
-    def join(self, profiles, still):
-        """Profiles and still part (B, latent_dim - moving_dim) -> (B, latent_dim), unit norm."""
-        image = profiles.max(1, keepdim=True).values                    # (B, 1, C)
-        moving = self.moving(torch.cat([profiles, image], 1).flatten(1))
-        return to_spheres(torch.cat([moving, still], 1), moving.shape[1], self.spheres)
-
-    def from_tiles(self, tiles, index):
-        """What forward gives for images put together from a few distinct patches, much cheaper.
-
-        A batch of MiniGrid frames has 100,000 patches but a few dozen distinct ones: each is looked
-        at once. Its features are put wherever it occurs, and what each tile adds to the still part
-        at each place is looked up instead of multiplied out.
-
-        Args: tiles (M, in_channels, patch_size, patch_size) in [0, 1], index (B, rows, columns).
-        Returns: latents (B, latent_dim), and the profiles (B, rows + columns, C) behind them.
+        A batch of MiniGrid frames has 100,000 patches but a few dozen distinct ones, and each is
+        looked at once.
         """
-        if len(tiles) > index.numel():  # no gain: take only the tiles that this batch needs
-            tiles = tiles[index.flatten()]
-            index = torch.arange(index.numel(), device=index.device).view_as(index)
-        where, what = (x.flatten(1) for x in self.look(tiles))          # (M, C) each
-        profiles = torch.cat([maxima(where, index), maxima(where, index.mT)], 1)
-        return self.join(profiles, self.add_up(what, index)), profiles
-
-    def add_up(self, what, index):
-        """Features (M, features) of tiles, index (B, rows, columns) -> still part, not yet on its
-        sphere (B, latent_dim - moving_dim)."""
-        weight = self.still.weight.unflatten(1, (-1, what.shape[1]))    # (D, patches, features)
-        adds = what @ weight.permute(1, 2, 0)                           # (patches, M, D)
-        place = torch.arange(len(adds), device=index.device) * len(what)
-        still = F.embedding_bag(index.flatten(1) + place, adds.flatten(0, 1), mode="sum")
-        return still + self.still.bias
+        x = self.look(self.convolution, patches)                        # (P, channels)
+        profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)
+        image = profiles.amax(1, keepdim=True)
+        moving = self.moving(torch.cat([profiles, image], 1).flatten(1))
+        static = self.static(F.embedding(index, self.embed_patches(patches)).flatten(1))
+        return join(moving, static), profiles
 
 
 # ---------------------------------------------------------------------------------------------
 # 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
 # ---------------------------------------------------------------------------------------------
-
-
 class LatentDynamics(nn.Module):
-    """A glimpse of the surroundings, then an MLP that adds what the action changes:
-    (..., latent_dim), (...) int64 -> (..., latent_dim), unit-norm in and out. The leading shapes
-    broadcast: (B, 1, latent_dim) and (A,) give what each of A actions does to each of B latents.
+    """(..., latent_dim), (...) int64 -> (..., latent_dim), unit norm. Leading shapes broadcast.
 
-    Whether the agent can step ahead depends on what stands there, and a plain MLP would learn that
-    for each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics
-    look first, as in the attention of DRAW (Gregor et al. 2015): `to_row` and `to_column` point at
-    the place of what moves, `to_map` unfolds the still part of the latent into a map, and the 3 x 3
-    patches of that map around that place go into the MLP. "The way is free" is then one rule.
+    The static part passes through unchanged. The moving part becomes a new code: the MLP chooses,
+    softly, one of `classes` in each of `groups`, and the latent is the sum of what a codebook holds
+    for them (categorical latents: Hafner et al. 2021). Small errors of the input hardly change what
+    is chosen, so they die out instead of adding up.
 
-    The output is put back on the sphere or spheres after every step; without that, rollouts drift
-    off them.
-
-    Args:
-        grid: (rows, columns) of the map.
-        features: numbers a patch that the map holds, and that are looked at.
-        context_dim: size of a summary of the still part that the MLP also sees. Not all of it: the
-            MLP would learn layouts by heart.
-        spheres: see ConvEncoder.
+    Whether the agent can step ahead depends on what stands there. A plain MLP would learn that for
+    each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics look
+    first (the attention of DRAW, Gregor et al. 2015): `to_row` and `to_column` point at the place
+    of what moves, `to_map` unfolds the static part into a map, and the map's 3 x 3 patches around
+    that place go into the MLP. "The way is free" is then one rule.
     """
 
-    sharpness = 8.0  # of the pointers: latents have size 1, and the right place must win clearly
-
-    def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, action_dim=16, moving_dim=44,
-                 grid=(8, 8), features=4, context_dim=16, spheres=1):
+    def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
+                 features=8, groups=16, classes=32, action_dim=16, context_dim=16):
         super().__init__()
-        self.spheres = spheres
-        self.scale = math.sqrt(latent_dim)  # layers see coordinates of size about 1
-        self.grid, self.features = grid, features
-        self.split = [moving_dim, latent_dim - moving_dim]
+        static_dim = latent_dim - moving_dim
+        self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
         self.to_row = nn.Linear(moving_dim, grid[0])
         self.to_column = nn.Linear(moving_dim, grid[1])
-        self.to_map = nn.Linear(latent_dim - moving_dim, math.prod(grid) * features)
+        self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
+        self.to_context = nn.Linear(static_dim, context_dim)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
-        self.to_context = nn.Linear(latent_dim - moving_dim, context_dim)
         self.mlp = nn.Sequential(
             nn.Linear(moving_dim + context_dim + action_dim + 9 * features, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
-            nn.Linear(hidden_dim, latent_dim),
-        )
-        self.end_weight = nn.Parameter(torch.zeros(features))
-        self.end_bias = nn.Parameter(torch.zeros(()))
-        # Start close to "nothing changes": true of most dims in most transitions.
-        with torch.no_grad():
-            self.mlp[-1].weight.mul_(0.1)
-            self.mlp[-1].bias.zero_()
+            nn.Linear(hidden_dim, groups * classes))
+        self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
 
-    def point(self, z):
-        """(..., latent_dim) -> logits over rows and over columns: where is what moves?"""
-        moving = z.split(self.split, -1)[0] * (self.scale * self.sharpness)
-        return self.to_row(moving), self.to_column(moving)
+    def parts(self, z):
+        """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
+        return [x * math.sqrt(2 * x.shape[-1]) for x in z.split(self.split, -1)]
 
-    def unfold(self, z):
-        """(..., latent_dim) -> (..., rows, columns * features): what stands where."""
-        maps = self.to_map(z.split(self.split, -1)[1] * self.scale)
-        return maps.unflatten(-1, (self.grid[0], -1))
+    def unfold(self, static):
+        """(..., S) -> map (..., h * w, features): what stands where."""
+        return self.to_map(static).unflatten(-1, (math.prod(self.grid), -1))
 
-    def glimpse(self, z):
-        """(..., latent_dim) -> (..., 9 * features): the 3 x 3 patches around what moves."""
-        maps = self.unfold(z).detach()  # so that layout_errors alone decide what is on the map
-        # Pointers at the row after, at and before the place, and so for columns: (..., 3, rows).
+    def glimpse(self, moving, static):
+        """(..., M), (..., S) -> (..., 9 * features): the 3 x 3 places around what moves."""
+        maps = self.unfold(static).detach()  # what it shows is for `places` to decide
+        maps = maps.unflatten(-2, self.grid).flatten(-2)                # (..., h, w * features)
+        # The pointers at the row before, at and after, and so for columns: (..., 3, h).
         row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
-                       for x in self.point(z))
-        near = (row @ maps).unflatten(-1, (-1, self.features))  # (..., 3, columns, features)
-        return (column.unsqueeze(-3) @ near).flatten(-3)                # (..., 3 * 3 * features)
+                       for x in (self.to_row(moving), self.to_column(moving)))
+        near = (row @ maps).unflatten(-1, (self.grid[1], -1))           # (..., 3, w, features)
+        return (column.unsqueeze(-3) @ near).flatten(-3)
 
-    def end(self, glimpse):
-        """(..., 9 * features) -> (...): logit of "the episode ends here", from the features of the
-        patch in the middle, which are the same for a goal anywhere.
+    def step(self, moving, static, action):
+        """(..., M), (..., S), (...) -> next moving part (..., M), coordinates of size about 1."""
+        x = [moving, self.to_context(static), self.glimpse(moving, static),
+             self.action_embedding(action)]
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
+        logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
+        code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
+        return F.normalize(self.codebook(code), dim=-1) * math.sqrt(self.split[0])
 
-        Reads the glimpse without training it: the few ends would bend the pointers.
-        """
-        here = glimpse.unflatten(-1, (9, -1))[..., 4, :].detach()
-        return here @ self.end_weight + self.end_bias
-
-    def forward(self, z, action, glimpse=None):
-        moving, still = (z * self.scale).split(self.split, -1)
-        glimpse = self.glimpse(z) if glimpse is None else glimpse
-        seen = [moving, self.to_context(still), self.action_embedding(action), glimpse]
-        shape = torch.broadcast_shapes(z.shape[:-1], action.shape)
-        change = self.mlp(torch.cat([x.expand(*shape, -1) for x in seen], -1))
-        return to_spheres(z * self.scale + change, self.split[0], self.spheres)
+    def forward(self, z, action):
+        moving, static = self.parts(z)
+        return join(self.step(moving, static, action), static)
 
 
 # ---------------------------------------------------------------------------------------------
 # 3. The JEPA: both, and a slow copy of the encoder that gives the regression target
 # ---------------------------------------------------------------------------------------------
-
-
 class JEPAWorldModel(nn.Module):
     """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020).
 
     The prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
     encoder is an exponential moving average (EMA) of the online one and gets no gradient.
 
-    Args:
-        in_channels, latent_dim, image_size, patch_size, channels, moving_dim, features, spheres:
-            see ConvEncoder.
-        num_actions: actions are integers below it.
-        hidden_dim: width of the dynamics' two hidden layers.
+    Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
 
     Raises:
         ValueError: the image size is no multiple of the patch size.
@@ -262,38 +224,28 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, moving_dim=44, features=4, hidden_dim=512,
-                 spheres=1):
+                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512):
         super().__init__()
         self.arguments = {
             "in_channels": in_channels, "latent_dim": latent_dim, "num_actions": num_actions,
             "image_size": tuple(image_size), "patch_size": patch_size, "channels": channels,
-            "moving_dim": moving_dim, "features": features, "hidden_dim": hidden_dim,
-            "spheres": spheres,
+            "features": features, "moving_dim": moving_dim, "hidden_dim": hidden_dim,
         }
-        self.latent_dim = latent_dim
-        self.moving_dim = moving_dim
+        self.latent_dim, self.moving_dim = latent_dim, moving_dim
         self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
-                                   moving_dim, features, spheres)
-        grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim, moving_dim=moving_dim,
-                                       grid=grid, features=features, spheres=spheres)
+                                   features, moving_dim)
+        grid = tuple(side // patch_size for side in image_size)
+        self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim, moving_dim, grid,
+                                       features)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        # Two latents are one state if the cosine of their moving parts is above this: see validate
+        # in train_jepa.py.
+        self.register_buffer("same_state", torch.tensor(0.95))
 
-    def split_spheres(self):
-        """From now on, the moving part of the latents and the still one are each on a sphere of
-        their own: neither can outgrow the other, and an error in one leaves the other alone."""
-        self.arguments["spheres"] = 2
-        for module in self.modules():
-            if hasattr(module, "spheres"):
-                module.spheres = 2
-
-    def encode_tiles(self, tiles, index, target=False):
-        """As encode or encode_target, for images made of a few distinct tiles: see from_tiles."""
-        if target and self.objective == "jepa":
-            with torch.no_grad():
-                return self.target_encoder.from_tiles(tiles, index)[0]
-        return self.encoder.from_tiles(tiles, index)[0]
+    def start_from(self, patches, counts):
+        """See ConvEncoder.start_from."""
+        self.encoder.start_from(patches, counts)
+        self.update_target_encoder(0)
 
     def encode(self, obs):
         """(B, 3, H, W) float in [0, 1] -> (B, latent_dim), unit norm, by the online encoder."""
@@ -307,10 +259,6 @@ class JEPAWorldModel(nn.Module):
     def predict_next(self, z, action):
         """(B, latent_dim), (B,) int64 -> (B, latent_dim): compare it with encode_target."""
         return self.dynamics(z, action)
-
-    def predict_end(self, z):
-        """(B, latent_dim) -> (B,) in [0, 1]: does the episode end in this state, as on a goal?"""
-        return self.dynamics.end(self.dynamics.glimpse(z)).sigmoid()
 
     def rollout(self, obs, actions):
         """(B, 3, H, W), (B, T) -> (B, T, latent_dim): no frame after the first is seen."""
@@ -334,27 +282,27 @@ class JEPAWorldModel(nn.Module):
     def update_target_encoder(self, momentum=0.99):
         """target <- momentum * target + (1 - momentum) * online, parameter by parameter."""
         torch._foreach_lerp_(
-            list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - momentum
-        )
+            list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - momentum)
+        self.target_encoder.average.copy_(self.encoder.average)
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
-    """The same encoder and dynamics, trained by decoding the pixels of the next frame instead.
-
-    `decode` maps latents to images through the mirror image of the encoder's patch convolution.
-    There is no EMA: encode_target is the online encoder.
-    """
+    """The same encoder and dynamics, trained by decoding pixels instead: `decode` maps latents to
+    images through the mirror image of the encoder's patch convolution. There is no EMA:
+    encode_target is the online encoder."""
 
     objective = "reconstruction"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         del self.target_encoder
-        a = self.arguments
-        grid = self.dynamics.grid
+        a, grid = self.arguments, self.dynamics.grid
         self.to_patches = nn.Linear(self.latent_dim, 2 * a["channels"] * math.prod(grid))
         self.to_pixels = nn.ConvTranspose2d(2 * a["channels"], a["in_channels"], a["patch_size"],
                                             stride=a["patch_size"])
+
+    def start_from(self, patches, counts):
+        self.encoder.start_from(patches, counts)
 
     def encode_target(self, obs):
         return self.encoder(obs)
@@ -372,7 +320,135 @@ MODELS = {m.objective: m for m in (JEPAWorldModel, ReconstructionWorldModel)}
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. What a latent is worth: three numbers that the loss does not show
+# 4. The objective: L = prediction + places + spread + smoothness + pointing
+# ---------------------------------------------------------------------------------------------
+def compute_losses(model, patches, index, actions):
+    """A batch of windows -> {term: scalar}, and the prediction errors (B, T) without gradient.
+
+    patches (P, C, p, p) in [0, 1], the distinct ones of the batch; index (B, T+1, h, w) puts the
+    windows' frames together from them; actions (B, T). An error is the squared distance of two
+    unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is logged.
+    """
+    B, T = actions.shape
+    z, profiles = (x.unflatten(0, (B, T + 1))
+                   for x in model.encoder.from_patches(patches, index.flatten(0, 1)))
+    moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
+    predicted, imagined = predict_windows(model, moving, static, actions)
+    if model.objective == "reconstruction":
+        frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        errors = [(model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean((1, 2, 3))
+                  for x, true in ((z, frames), (predicted, frames[:, 1:]),
+                                  (imagined, frames[:, 2:]))]
+        return {"prediction": sum(map(weigh_by_error, errors)),
+                "places": places(model, static.detach(), patches, index),
+                "pointing": pointing(model, moving.detach(), profiles)
+                }, errors[1].detach().view(B, T) * z.shape[-1]
+    with torch.no_grad():
+        target = model.target_encoder.from_patches(patches, index[:, 1:].flatten(0, 1))[0]
+        target = target.unflatten(0, (B, T))
+    error = (predicted - target).square().sum(-1)           # (B, T)
+    later = (imagined - target[:, 1:]).square().sum(-1)     # (B, T-1)
+    within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
+    layout = static.mean(1)
+    return {
+        "prediction": weigh_by_error(error) + weigh_by_error(later),
+        "places": places(model, static, patches, index),
+        "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
+        "smoothness": 0.4 * moving.diff(dim=1).square().mean()
+        + 3 * (static[:, 0] - static[:, -1]).square().mean(),
+        "pointing": pointing(model, moving.detach(), profiles),
+    }, error.detach()
+
+
+def predict_windows(model, moving, static, actions, noise=0.3, keep=0.2):
+    """Windows of latents' parts (B, T+1, M), (B, T+1, S) and actions (B, T) -> what is predicted
+    for times 1 .. T from the encoded frame before (B, T, D), and for times 2 .. T from a rollout
+    with noise (B, T-1, D). So imagination learns to correct its own errors (scheduled sampling,
+    Bengio et al. 2015). The static part is the first frame's throughout.
+
+    keep: how often the rollout goes on from the encoded frame instead.
+    """
+    step, first = model.dynamics.step, static[:, :1]                    # (B, 1, S)
+    predicted = step(moving[:, :-1], first.detach(), actions)
+    with torch.no_grad():
+        rollout, x = [], moving[:, 0]
+        for t in range(actions.shape[1] - 1):
+            x = step(x, static[:, 0], actions[:, t])
+            rollout.append(x)
+            x = torch.where(torch.rand_like(x[:, :1]) < keep, moving[:, t + 1], x)
+        x = torch.stack(rollout, 1)
+        x = x + noise * torch.rand_like(x[..., :1]) * torch.randn_like(x)
+        x = F.normalize(x, dim=-1) * math.sqrt(x.shape[-1])
+    imagined = step(x, first.detach(), actions[:, 1:])
+    return join(predicted, first), join(imagined, first)
+
+
+def weigh_by_error(error):
+    """Mean of errors, each weighted by its own square root: one transition in 300 goes through a
+    gap, and a model that is sure of a blocked way there would lose next to nothing."""
+    weight = (error.detach() + 1e-3).sqrt()
+    return (error * weight).sum() / weight.sum()
+
+
+def vicreg(z, variance=1, covariance=0.04):
+    """The two terms of VICReg (Bardes et al. 2022) that keep centred latents (N, D) from
+    collapsing: a hinge at standard deviation 1, and no covariance between dims.
+
+    The moving part is centred within each window, which takes away all that stays put in an
+    episode; else goal and layout, easy to predict, would take the place of the agent (std_t of
+    PLDM, Sobal et al. 2025). The static part is spread over layouts.
+    """
+    matrix = z.T @ z / (len(z) - 1)                                     # (D, D)
+    own = matrix.diagonal()
+    hinge = F.relu(1 - (own + 1e-4).sqrt()).mean()
+    return variance * hinge + covariance * (matrix.square().sum() - own.square().sum()) / len(own)
+
+
+def places(model, static, patches, index, candidates=64):
+    """From the static part alone: which patch stands at each place at another moment? That of a
+    window's first frame is asked about the last frame, and the other way round.
+
+    As in CPC (van den Oord et al. 2018) and I-JEPA (Assran et al. 2023), features of places are
+    told, not pixels: a softmax over distances to at most `candidates` of the batch's patches.
+
+    static (B, T+1, S), index (B, T+1, h, w) -> mean of log(1 + cross-entropy summed over places).
+    """
+    P = len(patches)
+    count = torch.bincount(index.flatten(), minlength=P).float()
+    kept = torch.arange(P, device=index.device)
+    if P > candidates:
+        kept = torch.multinomial(count.sqrt(), candidates)
+    features = model.encoder.embed_patches(patches[kept])               # (K, features)
+    number = index.new_full((P,), -1).scatter_(0, kept, torch.arange(len(kept), device=kept.device))
+    odds = ((count[kept] + 1) / (count[kept] + 1).sum()).log()
+    total = 0
+    for here, there in ((0, -1), (-1, 0)):
+        shown = model.dynamics.unfold(static[:, here])                  # (B, h * w, features)
+        scores = 4 * shown @ features.T - 2 * features.square().sum(1) + odds
+        true = number[index[:, there].flatten(1)]                       # (B, h * w)
+        error = F.cross_entropy(scores.flatten(0, 1), true.flatten(), reduction="none",
+                                ignore_index=-1)
+        total = total + error.view_as(true).sum(1).log1p().mean() / 2
+    return total
+
+
+def pointing(model, moving, profiles):
+    """Teaches the dynamics where to look, without touching the latents: what moves is in the row,
+    and in the column, whose maxima do most to set the frame's moving part apart from the average.
+
+    moving (B, T+1, M), profiles (B, T+1, h + w, channels) -> mean cross-entropy.
+    """
+    with torch.no_grad():
+        weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))[:, :-1]
+        apart = torch.einsum("btnc,dnc->btnd", profiles - profiles.mean((0, 1)), weight)
+        row, column = apart.square().sum(-1).split(list(model.dynamics.grid), -1)
+    return sum(F.cross_entropy(to_place(moving).flatten(0, 1), place.argmax(-1).flatten())
+               for to_place, place in ((model.dynamics.to_row, row),
+                                       (model.dynamics.to_column, column)))
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. What a latent is worth: three numbers that the loss does not show
 # ---------------------------------------------------------------------------------------------
 
 
@@ -411,7 +487,7 @@ def hits_at_1(z, candidates, true_index):
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Checkpoints and devices
+# 6. Checkpoints and devices
 # ---------------------------------------------------------------------------------------------
 
 
@@ -420,26 +496,12 @@ class CheckpointError(ValueError):
 
 
 def pick_device():
-    """The fastest of CUDA, MPS and CPU that this machine has."""
+    """The fastest of CUDA, MPS and CPU that this machine has; without CUDA, the processes that
+    torchrun starts take the CPU, where they can talk to each other."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def write_atomically(path, write):
-    """Calls write(temporary_path) beside `path`, then moves the result there in one step.
-
-    A failed or interrupted write leaves the old file as it was and no temporary file behind.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # a killed run's is overwritten
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    alone = not torch.distributed.is_torchelastic_launched()
+    return torch.device("mps" if alone and torch.backends.mps.is_available() else "cpu")
 
 
 def save_checkpoint(path, model, weights, **rest):

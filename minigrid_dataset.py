@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 COLLECT = "run python3 collect_minigrid_data.py"
@@ -320,22 +321,24 @@ def window_starts(transitions, length, episodes=None, absorbing=False):
 
 
 class WindowBatches:
-    """Shuffled batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the
-    distinct ones of this batch, index (B, T+1, h, w) int64 into them, and actions (B, T) int64.
+    """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
+    ones of this batch, index (B, T+2, h, w) int64 into them, and actions (B, T) int64; also steps
+    (B, T) int64, the numbers of the transitions, -1 past an end. The last of the T + 2 frames is
+    not the window's: it is of another moment of the episode, drawn at random.
 
-    An epoch takes `windows_per_episode` passes; a pass visits every episode that has a window once,
-    in an order that (`seed`, epoch) decide, and draws one of its windows. The last batch is dropped
-    where it is not full, unless it is the only one.
+    An epoch takes `windows_per_episode` passes, and what it draws depends on `seed`, the epoch and
+    `errors`. Half of a batch visits the episodes in a new order in each pass, and draws one window
+    of each. The other half is drawn from all windows, in proportion to the largest of their
+    transitions' last errors (Schaul et al. 2016): a gap in a wall is entered once in 300 steps.
 
-    If `absorbing`, whatever is done in a terminal state leads back to it (Sutton & Barto 2018,
-    section 3.4): windows start at every step of an episode that ends with `terminated`, and past
-    its end repeat the last frame under random actions. DataError where no episode has a window."""
+    Whatever is done in a terminal state leads back to it (Sutton & Barto 2018, section 3.4):
+    windows start at every step of an episode that ends with `terminated`, and past its end repeat
+    the last frame under random actions. DataError where no episode has a window."""
 
-    def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1,
-                 absorbing=True):
+    def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1):
         self.transitions, self.window, self.batch_size = transitions, window, batch_size
         self.seed, self.passes, self.epoch = seed, windows_per_episode, 0
-        self.starts = window_starts(transitions, window, episodes, absorbing)
+        self.starts = window_starts(transitions, window, episodes, absorbing=True)
         if not len(self.starts):
             raise DataError(f"{transitions.path} has no {window} steps of one episode in which "
                             "next_obs[t] is obs[t + 1]: lower WINDOW in train_jepa.py, or raise "
@@ -343,6 +346,7 @@ class WindowBatches:
         # Starts are sorted and episodes never decrease, so each episode's starts are one run.
         _, self.first, self.count = np.unique(
             transitions.episode[self.starts], return_index=True, return_counts=True)
+        self.errors = torch.ones(len(transitions))  # of each transition, when it was last learnt
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -350,21 +354,36 @@ class WindowBatches:
     def __len__(self):
         return max(1, len(self.first) * self.passes // self.batch_size)
 
+    def note_errors(self, batch, errors):
+        """The prediction errors (B, T) of a batch's transitions: what the next ones draw by."""
+        inside = (batch["steps"] >= 0).cpu()
+        self.errors[batch["steps"].cpu()[inside]] = errors.float().cpu()[inside]
+
     def __iter__(self):
-        data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])
+        data, rng, T = self.transitions, np.random.default_rng([self.seed, self.epoch]), self.window
         order = np.concatenate([rng.permutation(len(self.first)) for _ in range(self.passes)])
-        starts = self.starts[self.first[order] + rng.integers(self.count[order])]
-        random = rng.integers(data.num_actions, size=(len(starts), self.window))
-        steps = starts[:, None] + np.arange(self.window + 1)  # (windows, T+1)
-        last = np.searchsorted(data.episode, data.episode[starts], side="right")[:, None] - 1
-        whole = steps <= last, np.minimum(steps, last), random
-        for b in range(0, len(self) * self.batch_size, self.batch_size):
-            inside, t, drawn = (torch.from_numpy(part[b : b + self.batch_size])
-                                .to(data.actions.device) for part in whole)
-            frames = torch.where(inside, data.obs_index[t], data.next_obs_index[t])
+        visits = self.starts[self.first[order] + rng.integers(self.count[order])]
+        begins, ends = np.searchsorted(data.episode, data.episode), np.searchsorted(
+            data.episode, data.episode, side="right") - 1
+        for b in range(len(self)):
+            visited = visits[b * self.batch_size :][: self.batch_size]
+            largest = F.pad(self.errors, (0, T - 1)).unfold(0, T, 1).amax(1)[self.starts]
+            odds = largest.double().cumsum(0)
+            drawn = np.searchsorted(odds, rng.random(len(visited) // 2) * odds[-1].item())
+            starts = np.concatenate([visited[len(drawn) :], self.starts[drawn]])
+            steps, last = starts[:, None] + np.arange(T + 1), ends[starts][:, None]
+            random = rng.integers(data.num_actions, size=(len(starts), T))
+            other = rng.integers(begins[starts], ends[starts] + 1)
+            inside, t, random, other = (
+                torch.from_numpy(x).to(data.actions.device)
+                for x in (steps <= last, np.minimum(steps, last), random, other))
+            frames = torch.cat([torch.where(inside, data.obs_index[t], data.next_obs_index[t]),
+                                data.next_obs_index[other][:, None]], 1)
             tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
-            actions = torch.where(inside[:, :-1], data.actions[t[:, :-1]], drawn)
-            yield {"patches": data.tiles[tiles.long()], "index": index, "actions": actions}
+            inside, t = inside[:, :-1], t[:, :-1]
+            yield {"patches": data.tiles[tiles.long()], "index": index,
+                   "actions": torch.where(inside, data.actions[t], random),
+                   "steps": torch.where(inside, t, -1)}
 
 
 def main():

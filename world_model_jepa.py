@@ -19,6 +19,8 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -97,11 +99,12 @@ class ConvEncoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, patches, counts):
-        """Starts the convolutions with filters that find the patches (P, C, p, p) of the data about
+        """Starts the convolutions with filters that find the patches of the data about
         equally far apart: random filters of whitened patches (Coates, Ng & Lee 2011). A closed door
         in the dark differs from floor by a tenth of the range, next to nothing to usual filters.
-        `counts` (P,): how often each patch occurs."""
-        x = patches.flatten(1)[:10_000]
+
+        patches (P, C, p, p) uint8, the distinct ones, and counts (P,), how often each occurs."""
+        x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
         for layer in (self.convolution, self.fixed):
@@ -111,7 +114,7 @@ class ConvEncoder(nn.Module):
             layer.bias.copy_(filters @ (0.5 - x.mean(0)))
         self.average.zero_()
         for some, count in zip(patches.split(4096), (counts / counts.sum()).split(4096)):
-            self.average += count @ self.look(self.fixed, some)
+            self.average += count @ self.look(self.fixed, some / 255)
 
     def look(self, convolution, patches):
         """(P, C, p, p) -> features (P, channels): convolution, layer norm, ReLU."""
@@ -159,17 +162,16 @@ class LatentDynamics(nn.Module):
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
-                 features=8, groups=16, classes=32, action_dim=16, context_dim=16):
+                 features=8, groups=16, classes=32, action_dim=16):
         super().__init__()
         static_dim = latent_dim - moving_dim
         self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
         self.to_row = nn.Linear(moving_dim, grid[0])
         self.to_column = nn.Linear(moving_dim, grid[1])
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
-        self.to_context = nn.Linear(static_dim, context_dim)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
         self.mlp = nn.Sequential(
-            nn.Linear(moving_dim + context_dim + action_dim + 9 * features, hidden_dim), nn.ReLU(),
+            nn.Linear(moving_dim + action_dim + 9 * features, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
@@ -194,8 +196,7 @@ class LatentDynamics(nn.Module):
 
     def step(self, moving, static, action):
         """(..., M), (..., S), (...) -> next moving part (..., M), coordinates of size about 1."""
-        x = [moving, self.to_context(static), self.glimpse(moving, static),
-             self.action_embedding(action)]
+        x = [moving, self.glimpse(moving, static), self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
@@ -245,7 +246,7 @@ class JEPAWorldModel(nn.Module):
     def start_from(self, patches, counts):
         """See ConvEncoder.start_from."""
         self.encoder.start_from(patches, counts)
-        self.update_target_encoder(0)
+        self.target_encoder.load_state_dict(self.encoder.state_dict())
 
     def encode(self, obs):
         """(B, 3, H, W) float in [0, 1] -> (B, latent_dim), unit norm, by the online encoder."""
@@ -283,7 +284,13 @@ class JEPAWorldModel(nn.Module):
         """target <- momentum * target + (1 - momentum) * online, parameter by parameter."""
         torch._foreach_lerp_(
             list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - momentum)
-        self.target_encoder.average.copy_(self.encoder.average)
+
+
+class BYOLWorldModel(JEPAWorldModel):
+    """The same network with the tutorial's objective, the plain regression on the target: it
+    collapses, since what is the same for all images is easiest to predict."""
+
+    objective = "byol"
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
@@ -316,37 +323,63 @@ class ReconstructionWorldModel(JEPAWorldModel):
         """Nothing to do: the online encoder is its own target."""
 
 
-MODELS = {m.objective: m for m in (JEPAWorldModel, ReconstructionWorldModel)}
+MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, ReconstructionWorldModel)}
 
 
 # ---------------------------------------------------------------------------------------------
 # 4. The objective: L = prediction + places + spread + smoothness + pointing
 # ---------------------------------------------------------------------------------------------
+class Losses(nn.Module):
+    """compute_losses of a model, as a module: what DistributedDataParallel wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, patches, index, actions):
+        return compute_losses(self.model, patches, index, actions)
+
+
+def encode_shared(encoder, patches, index):
+    """from_patches, each process encoding its rows of the batch. Gradients flow through, so that
+    every process has the losses and gradients of the whole batch."""
+    if not dist.is_initialized():
+        return encoder.from_patches(patches, index)
+    own = index.chunk(dist.get_world_size())[dist.get_rank()]
+    return [torch.cat(dist.nn.all_gather(x.contiguous()))
+            for x in encoder.from_patches(patches, own)]
+
+
 def compute_losses(model, patches, index, actions):
     """A batch of windows -> {term: scalar}, and the prediction errors (B, T) without gradient.
 
-    patches (P, C, p, p) in [0, 1], the distinct ones of the batch; index (B, T+1, h, w) puts the
-    windows' frames together from them; actions (B, T). An error is the squared distance of two
-    unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is logged.
+    patches (P, C, p, p) in [0, 1], the distinct ones of the batch; index (B, T+2, h, w) puts the
+    windows' T + 1 frames together from them, and a frame of another moment of the same episode;
+    actions (B, T). An error is the squared distance of two unit-norm latents: 0 to 4, and
+    latent_dim times the mean squared error that is logged.
     """
     B, T = actions.shape
-    z, profiles = (x.unflatten(0, (B, T + 1))
-                   for x in model.encoder.from_patches(patches, index.flatten(0, 1)))
-    moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
-    predicted, imagined = predict_windows(model, moving, static, actions)
+    frames = index.flatten(0, 1)                            # (B * (T+2), h, w)
+    z, profiles = (x.unflatten(0, (B, T + 2))
+                   for x in encode_shared(model.encoder, patches, frames))
+    moving, static = model.dynamics.parts(z)                # (B, T+2, M), (B, T+2, S)
+    moving, profiles, other = moving[:, :-1], profiles[:, :-1], static[:, -1:]
+    predicted, imagined = predict_windows(model, moving, other, actions)
     if model.objective == "reconstruction":
-        frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        frames = patches[index[:, :-1]].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         errors = [(model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean((1, 2, 3))
-                  for x, true in ((z, frames), (predicted, frames[:, 1:]),
+                  for x, true in ((z[:, :-1], frames), (predicted, frames[:, 1:]),
                                   (imagined, frames[:, 2:]))]
         return {"prediction": sum(map(weigh_by_error, errors)),
                 "places": places(model, static.detach(), patches, index),
                 "pointing": pointing(model, moving.detach(), profiles)
                 }, errors[1].detach().view(B, T) * z.shape[-1]
     with torch.no_grad():
-        target = model.target_encoder.from_patches(patches, index[:, 1:].flatten(0, 1))[0]
+        target = encode_shared(model.target_encoder, patches, index[:, 1:-1].flatten(0, 1))[0]
         target = target.unflatten(0, (B, T))
     error = (predicted - target).square().sum(-1)           # (B, T)
+    if model.objective == "byol":
+        return {"prediction": error.mean()}, error.detach()
     later = (imagined - target[:, 1:]).square().sum(-1)     # (B, T-1)
     within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
     layout = static.mean(1)
@@ -361,15 +394,15 @@ def compute_losses(model, patches, index, actions):
 
 
 def predict_windows(model, moving, static, actions, noise=0.3, keep=0.2):
-    """Windows of latents' parts (B, T+1, M), (B, T+1, S) and actions (B, T) -> what is predicted
-    for times 1 .. T from the encoded frame before (B, T, D), and for times 2 .. T from a rollout
-    with noise (B, T-1, D). So imagination learns to correct its own errors (scheduled sampling,
-    Bengio et al. 2015). The static part is the first frame's throughout.
+    """Windows of moving parts (B, T+1, M), another moment's static part (B, 1, S), actions (B, T)
+    -> what is predicted for times 1 .. T from the encoded frame before (B, T, D), and for times
+    2 .. T from a rollout with noise (B, T-1, D). So imagination learns to correct its own errors
+    (scheduled sampling, Bengio et al. 2015).
 
     keep: how often the rollout goes on from the encoded frame instead.
     """
-    step, first = model.dynamics.step, static[:, :1]                    # (B, 1, S)
-    predicted = step(moving[:, :-1], first.detach(), actions)
+    step = model.dynamics.step
+    predicted = step(moving[:, :-1], static.detach(), actions)
     with torch.no_grad():
         rollout, x = [], moving[:, 0]
         for t in range(actions.shape[1] - 1):
@@ -379,8 +412,8 @@ def predict_windows(model, moving, static, actions, noise=0.3, keep=0.2):
         x = torch.stack(rollout, 1)
         x = x + noise * torch.rand_like(x[..., :1]) * torch.randn_like(x)
         x = F.normalize(x, dim=-1) * math.sqrt(x.shape[-1])
-    imagined = step(x, first.detach(), actions[:, 1:])
-    return join(predicted, first), join(imagined, first)
+    imagined = step(x, static.detach(), actions[:, 1:])
+    return join(predicted, static), join(imagined, static)
 
 
 def weigh_by_error(error):
@@ -406,12 +439,12 @@ def vicreg(z, variance=1, covariance=0.04):
 
 def places(model, static, patches, index, candidates=64):
     """From the static part alone: which patch stands at each place at another moment? That of a
-    window's first frame is asked about the last frame, and the other way round.
+    window's first frame is asked about the other moment's frame, and the other way round.
 
     As in CPC (van den Oord et al. 2018) and I-JEPA (Assran et al. 2023), features of places are
     told, not pixels: a softmax over distances to at most `candidates` of the batch's patches.
 
-    static (B, T+1, S), index (B, T+1, h, w) -> mean of log(1 + cross-entropy summed over places).
+    static (B, T+2, S), index (B, T+2, h, w) -> mean of log(1 + cross-entropy summed over places).
     """
     P = len(patches)
     count = torch.bincount(index.flatten(), minlength=P).float()

@@ -16,8 +16,7 @@ breadth-first search that steps the real simulator.
 import json
 import sys
 import time
-from collections import deque
-from dataclasses import dataclass
+from collections import deque, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -72,22 +71,21 @@ def same_state(model, z, other):
 
 
 def read_images(model, **images):
-    """(3, H, W) each -> (1, 3, H, W) each, on the model's device.
+    """N of (3, H, W) -> (N, 3, H, W) on the model's device.
 
-    Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode.
+    Raises TypeError or ValueError, one sentence, at an image that the model cannot encode.
     """
     shape = (model.arguments["in_channels"], *model.arguments["image_size"])
     wanted = f"a float tensor {shape} in [0, 1] is wanted, as image.float() / 255 of one in uint8"
     for name, image in images.items():
         if not isinstance(image, torch.Tensor) or not image.is_floating_point():
-            found = getattr(image, "dtype", type(image).__name__)
-            raise TypeError(f"{name} is of type {found}: {wanted}")
+            raise TypeError(f"{name} is {getattr(image, 'dtype', type(image).__name__)}: {wanted}")
         if tuple(image.shape) != shape:
             raise ValueError(f"{name} has the shape {tuple(image.shape)}: {wanted}")
         if not (image.min() >= 0 and image.max() <= 1):  # not-a-number fails both
             raise ValueError(f"{name} has values from {image.min():g} to {image.max():g}: {wanted}")
     weights = next(model.parameters())
-    return [image[None].to(weights) for image in images.values()]
+    return torch.stack([image.to(weights) for image in images.values()])
 
 
 @torch.no_grad()
@@ -108,47 +106,30 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
 
     Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode.
     """
-    obs, goal_obs = read_images(model, obs=obs, goal_obs=goal_obs)
-    z, same = model.encode(obs), model.same_state.item()                # (1, D)
-    here, goal = moving_part(model, model.encode_target(torch.cat([obs, goal_obs])))    # (M,) each
-    every_action = torch.arange(model.arguments["num_actions"], device=z.device)
-    states, parents = here.new_empty(MAX_STATES, len(here)), [(0, None)]  # (state before, action)
-    states[0], first = here, 0                                          # first: of the frontier
-    best, nearest = 0, (here @ goal).item()
+    images, same = read_images(model, obs=obs, goal_obs=goal_obs), model.same_state.item()
+    here, goal = moving_part(model, model.encode_target(images)).cpu().numpy()      # (M,) each
+    z, A = model.encode(images[:1]), model.arguments["num_actions"]                 # (1, D)
+    states, parents = np.empty((MAX_STATES, len(here)), np.float32), [(0, None)]    # (from, action)
+    states[0], best, nearest = here, 0, here @ goal
     for _ in range(max_actions):
         if nearest > same or not len(z) or len(parents) == MAX_STATES:
             break
-        z = model.predict_next(z[:, None], every_action).flatten(0, 1)  # (F * A, D)
-        found = moving_part(model, z)
-        new, count = add_new(states, len(parents), found, same), len(parents)
-        parents += [(first + i // len(every_action), i % len(every_action)) for i in new.tolist()]
-        z, first = z[new], count
-        similar = found[new] @ goal
-        if len(new) and similar.max() > nearest:
-            best, nearest = first + similar.argmax().item(), similar.max().item()
+        first, new = len(parents) - len(z), []                          # first of the frontier
+        z = model.predict_next(z[:, None], torch.arange(A, device=z.device)).flatten(0, 1)
+        for i, found in enumerate(moving_part(model, z).cpu().numpy()):             # (F * A, M)
+            count = len(parents)
+            if count < MAX_STATES and (states[:count] @ found).max() <= same:
+                states[count] = found
+                parents.append((first + i // A, i % A))
+                new.append(i)
+                if found @ goal > nearest:
+                    best, nearest = count, found @ goal
+        z = z[new]
     plan = []
     while best:
         best, action = parents[best]
         plan.append(action)
-    return Plan(plan[::-1], nearest > same)
-
-
-def add_new(states, count, found, same):
-    """Writes each of `found` (N, M) that is none of the first `count` of `states` behind them, as
-    long as there is room -> (K,) int64, the rows of `found` that were."""
-    added = []
-    for rows in torch.arange(len(found), device=found.device).split(256):  # bounds the memory
-        rows = rows[(found[rows] @ states[:count].T).amax(1) <= same]
-        twins = (found[rows] @ found[rows].T > same).triu(1).cpu().numpy()
-        keep = np.ones(len(rows), bool)
-        for i, row in enumerate(twins):
-            if keep[i]:
-                keep &= ~row
-        rows = rows[torch.from_numpy(keep)][:len(states) - count]
-        states[count:count + len(rows)] = found[rows]
-        count += len(rows)
-        added.append(rows)
-    return torch.cat(added)
+    return Plan(plan[::-1], bool(nearest > same))
 
 
 @torch.no_grad()
@@ -160,19 +141,17 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
     whose imagined latents come nearest to the goal at any step. (Rubinstein 1999; for planning in
     latents e.g. Hafner et al. 2019.) Returns the best sequence up to its nearest step.
     """
-    samples, rounds, horizon = 256, 4, min(max_actions, 20)
-    obs, goal_obs = read_images(model, obs=obs, goal_obs=goal_obs)
-    here, goal = moving_part(model, model.encode_target(torch.cat([obs, goal_obs])))
-    best, nearest = [], (here @ goal).item()
+    images, samples, horizon = read_images(model, obs=obs, goal_obs=goal_obs), 256, 20
+    here, goal = moving_part(model, model.encode_target(images))
+    best, nearest, A = [], (here @ goal).item(), model.arguments["num_actions"]
     if nearest > model.same_state:
         return Plan([], True)
-    A = model.arguments["num_actions"]
-    odds = torch.full((horizon, A), 1 / A, device=obs.device)
-    for _ in range(rounds):
+    odds = torch.full((min(max_actions, horizon), A), 1 / A, device=images.device)
+    for _ in range(4):
         tries = torch.multinomial(odds, samples, replacement=True).T    # (samples, horizon)
-        z, scores = model.encode(obs).expand(samples, -1), []
-        for t in range(horizon):
-            z = model.predict_next(z, tries[:, t])
+        z, scores = model.encode(images[:1]).expand(samples, -1), []
+        for t, action in enumerate(tries.T):
+            z = model.predict_next(z, action)
             scores.append(moving_part(model, z) @ goal - 1e-3 * t)      # the sooner the better
         score, steps = torch.stack(scores, 1).max(1)                    # (samples,) each
         elite = score.topk(samples // 10).indices
@@ -180,7 +159,7 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
             nearest = score[elite[0]].item()
             best = tries[elite[0], :steps[elite[0]] + 1].tolist()
         odds = 0.1 * odds + 0.9 * F.one_hot(tries[elite], A).float().mean(0)        # (horizon, A)
-    return Plan(best, nearest + 1e-3 * max(0, len(best) - 1) > model.same_state)
+    return Plan(best, nearest + 1e-3 * max(0, len(best) - 1) > model.same_state.item())
 
 
 @torch.no_grad()
@@ -204,14 +183,14 @@ def follow(model, planner, obs, goal_obs, step, anew=False):
         seconds.append(time.perf_counter() - began)
         if not plan:
             return True, imagined, seconds
-        z = model.encode(*read_images(model, obs=obs))                  # (1, D)
+        z = model.encode(read_images(model, obs=obs))                  # (1, D)
         for action in plan[:1] if anew else plan:
             z = model.predict_next(z, torch.tensor([action], device=z.device))
             imagined.append(z[0])
             obs = step(action)
             if obs is None:
                 return False, imagined, seconds
-            if not same_state(model, z, model.encode_target(*read_images(model, obs=obs))):
+            if not same_state(model, z, model.encode_target(read_images(model, obs=obs))):
                 break
         else:
             if plan.met and not anew:
@@ -227,7 +206,7 @@ class World:
         self.plain = collect.fast_is_right(env_id, tile_size)
         env = collect.make_env(env_id) if self.plain else collect.stock_env(env_id, tile_size)
         self.env, self.inner, self.num_actions = env, env.unwrapped, int(env.action_space.n)
-        self.reset(0)
+        self.random = self.is_random()
 
     def reset(self, number):
         """To the beginning of layout `number` of SEED."""
@@ -270,51 +249,46 @@ class World:
         for thing, its in things:
             vars(thing).update(its)
 
+    def is_random(self):
+        """Do equal states and actions lead to different states, as random numbers are drawn?"""
+        rng = np.random.default_rng(0)
+        for step in range(200):
+            if step % 20 == 0:
+                self.reset(step)
+            saved, action, ends = self.save(), rng.integers(self.num_actions), set()
+            for draw in range(4):
+                self.restore(saved)
+                self.inner.np_random = np.random.default_rng(draw)
+                self.step(action)
+                ends.add(self.key())
+            if len(ends) > 1:
+                return True
+        return False
+
 
 def reach(world, walking=False, most=10_000):
-    """Breadth-first search with all actions from the state that the world is in, nearest first ->
-    {key: (key before, action, what `restore` takes)}. What ends the episode is not among them.
+    """Breadth-first search with all actions from the state that the world is in -> {key: (shortest
+    list of actions, what `restore` takes)}, nearest first, without what ends the episode.
 
     walking: only states that differ from the first in nothing but the agent's pose.
     most: so many states, as keys that may be laid down anywhere make very many.
     """
     start, grid = world.key(), world.recorder.grid
-    tree, queue = {start: (None, None, world.save())}, deque([start])
+    tree, queue = {start: ([], world.save())}, deque([start])
     while queue and len(tree) < most:
-        before = queue.popleft()
+        path, saved = tree[queue.popleft()]
         for action in range(world.num_actions):
-            world.restore(tree[before][2])
+            world.restore(saved)
             ended, key = world.step(action), world.key()
             other = walking and (world.recorder.grid, key[1]) != (grid, start[1])
             if not ended and not other and key not in tree:
-                tree[key] = before, action, world.save()
+                tree[key] = [*path, action], world.save()
                 queue.append(key)
     return tree
 
 
-def path_to(tree, key):
-    """The shortest action list from the tree's root to `key`."""
-    path = []
-    while tree[key][0] is not None:
-        key, action, _ = tree[key]
-        path.append(action)
-    return path[::-1]
-
-
-@dataclass
-class Task:
-    """A layout, the pose that it starts from, the pose and the image of the goal, and the oracle's
-    actions between them."""
-
-    number: int
-    start: tuple
-    goal: tuple
-    goal_image: np.ndarray
-    oracle: list
-
-    @property
-    def max_actions(self):
-        return 2 * len(self.oracle) + 10
+# Layout `number` of SEED, poses (x, y, direction), image (H, W, 3) uint8, list of actions.
+Task = namedtuple("Task", "number start goal goal_image oracle")
 
 
 def make_task(world, number):
@@ -323,59 +297,42 @@ def make_task(world, number):
     world.reset(number)
     rng = np.random.default_rng((SEED, number))
     starts = list(reach(world, walking=True).values())
-    world.restore(starts[rng.integers(len(starts))][2])
-    start, shown = world.pose(), world.key()[0]
-    tree = reach(world)
+    world.restore(starts[rng.integers(len(starts))][1])
+    start, shown, tree = world.pose(), world.key()[0], reach(world)
     goals = [key[0] for key in tree if key[0] != shown]
     if not goals:
         raise collect.CollectError(f"{world.env_id} leaves the agent nowhere to go: edit ENV_ID in "
                                    "collect_minigrid_data.py")
     goal = goals[rng.integers(len(goals))]
-    goal = next(key for key in tree if key[0] == goal)  # the image does not show what is in hand
-    world.restore(tree[goal][2])
-    return Task(number, start, world.pose(), world.image(), path_to(tree, goal))
+    # The nearest state that looks like it, as an image does not show what is in hand.
+    oracle, saved = next(node for key, node in tree.items() if key[0] == goal)
+    world.restore(saved)
+    return Task(number, start, world.pose(), world.image(), oracle)
 
 
-def is_random(world):
-    """Do equal states and actions lead to different states, as other random numbers are drawn?"""
-    rng = np.random.default_rng(0)
-    for number in range(10):
-        world.reset(number)
-        for _ in range(20):
-            saved, action, ends = world.save(), rng.integers(world.num_actions), set()
-            for draw in range(4):
-                world.restore(saved)
-                world.inner.np_random = np.random.default_rng(draw)
-                world.step(action)
-                ends.add(world.key())
-            if len(ends) > 1:
-                return True
-    return False
+def to_image(frame):
+    return to_float(torch.from_numpy(frame).permute(2, 0, 1))
 
 
 def attempt(world, task, policy):
-    """Lets policy(task, obs, goal_obs, step) act for real -> dict of what came of it."""
-    def look():
-        images.append(world.image())
-        return to_float(torch.from_numpy(images[-1]).permute(2, 0, 1))
-
+    """Lets policy(task, obs, goal_obs, step) act for real -> dict of what came of it. Where chance
+    decides what else the goal shows, its pose is enough."""
     def step(action):
-        if len(trace) > task.max_actions:
+        if len(frames) > 2 * len(task.oracle) + 10:
             return None
         ended = world.step(action)
         trace.append(world.pose())
-        obs = look()
-        return None if ended else obs
+        frames.append(world.image())
+        return None if ended else to_image(frames[-1])
 
     world.reset(task.number)
     world.place(task.start)
-    trace, images = [task.start], []
-    goal_obs = to_float(torch.from_numpy(task.goal_image).permute(2, 0, 1))
-    stopped, imagined, seconds = policy(task, look(), goal_obs, step)
-    there = trace[-1] == task.goal and np.array_equal(images[-1], task.goal_image)
-    return {"task": task, "trace": trace, "looks": [hash(image.tobytes()) for image in images],
-            "imagined": imagined, "seconds": seconds, "steps": len(trace) - 1,
-            "success": bool(stopped and there)}
+    trace, frames = [task.start], [world.image()]
+    stopped, *result = policy(task, to_image(frames[0]), to_image(task.goal_image), step)
+    there = world.random or np.array_equal(frames[-1], task.goal_image)
+    return {"task": task, "trace": trace, "looks": [hash(frame.tobytes()) for frame in frames],
+            "imagined": result[0], "seconds": result[1], "steps": len(trace) - 1,
+            "success": stopped and there and trace[-1] == task.goal}
 
 
 def spl(successes, shortest, taken):
@@ -386,15 +343,14 @@ def spl(successes, shortest, taken):
 
 # ------------------------------------------------------------------------------ 3. the comparison
 def random_policy(model, actions):
-    """`actions` with equal odds. It stops where the model takes what is seen for the goal, so that
-    this row is a control of the search alone."""
+    """`actions` with equal odds, and STOP where the model takes what is seen for the goal: a
+    control of the search alone."""
     @torch.no_grad()
     def policy(task, obs, goal_obs, step):
         rng = np.random.default_rng((SEED, task.number))
-        goal = model.encode_target(*read_images(model, goal_obs=goal_obs))
+        goal = model.encode_target(read_images(model, goal_obs=goal_obs))
         while obs is not None:
-            z = model.encode_target(*read_images(model, obs=obs))
-            if same_state(model, z, goal):
+            if same_state(model, model.encode_target(read_images(model, obs=obs)), goal):
                 return True, [], []
             obs = step(int(rng.choice(actions)))
         return False, [], []
@@ -419,19 +375,17 @@ def summarise(name, attempts):
         "name": name, "tasks": len(attempts), "successes": sum(success),
         "success_rate": float(np.mean(success)), "spl": spl(success, shortest, steps),
         "mean_steps": float(np.mean(steps)), "mean_oracle_steps": float(np.mean(shortest)),
-        "decisions": len(decisions),
         "seconds_per_decision": float(np.mean(decisions)) if decisions else None,
-        "slowest_decision": max(decisions, default=None), "by_task": by_task,
+        "by_task": by_task,
     }
 
 
 def compare(world, models):
-    """Runs every row of the table; models: {name: model} -> {name: attempts}, [summary, ...], and
-    whether the world is random."""
+    """Runs every row of the table; models: {name: model} -> {name: attempts}, [summary, ...]."""
     def search(model, planner=plan_actions, anew=False):
         return lambda task, obs, goal, step: follow(model, planner, obs, goal, step, anew)
 
-    jepa, random = models["JEPA"], is_random(world)
+    jepa = models["JEPA"]
     torch.manual_seed(SEED)
     untrained = type(jepa)(**jepa.arguments).to(pick_device()).eval()
     tasks = [make_task(world, n) for n in tqdm(range(NUM_TASKS), "tasks", leave=False)]
@@ -443,16 +397,16 @@ def compare(world, models):
         "JEPA, CEM": (search(jepa, plan_with_cem), few),
         "untrained, search": (search(untrained), few),
         "random policy": (random_policy(jepa, useful), tasks),
-        "oracle of one future" if random else "oracle": (oracle_policy, tasks),
+        "oracle of one future" if world.random else "oracle": (oracle_policy, tasks),
     }
     attempts = {name: [attempt(world, task, policy) for task in tqdm(some, name, leave=False)]
                 for name, (policy, some) in policies.items()}
-    return attempts, [summarise(*row) for row in attempts.items()], random
+    return attempts, [summarise(*row) for row in attempts.items()]
 
 
-def print_table(env_id, rows, random):
-    print(f"{env_id}: from one state to another, told by an image only")
-    if random:
+def print_table(world, rows):
+    print(f"{world.env_id}: from one state to another, told by an image only")
+    if world.random:
         print("This world is random: the oracle knows one future, which need not come about")
     print(f"\n{'':24s}   tasks   success     SPL   actions   s / decision")
     for r in rows:
@@ -544,49 +498,40 @@ def draw(path, world, model, attempts, rows):
 
 
 # --------------------------------------------------------------------------------- 5. all of it
-def load(path):
-    """Checkpoint path -> (model on the device, metadata of the data that it was trained on).
-
-    Raises CheckpointError: as load_checkpoint, or the data file did not name its environment.
-    """
-    contents = read_checkpoint(path)
-    model = build_model(contents, path).to(pick_device())
-    metadata = contents["data"].get("metadata")
-    if not isinstance(metadata, dict) or not {"env_id", "tile_size", "seed"} <= metadata.keys():
-        raise CheckpointError(f"{path} was trained on data that do not name their environment: run "
-                              "python3 collect_minigrid_data.py, then train_jepa.py")
-    return model, metadata
-
-
 def prepare():
     """-> world, {name: model}. Raises CheckpointError or CollectError."""
     check_settings()
-    path, other = HERE / "jepa_world_model.pt", HERE / "reconstruction_world_model.pt"
-    model, metadata = load(path)
-    if SEED == metadata["seed"]:
-        raise CheckpointError(f"SEED is {SEED}, the seed of the training data: change it in "
-                              "plan_with_jepa.py, or the layouts are not held out")
-    world, models = World(metadata["env_id"], metadata["tile_size"]), {"JEPA": model}
-    want = (*model.arguments["image_size"], model.arguments["num_actions"])
-    have, says = (*world.image().shape[:2], world.num_actions), "{}x{} images and {} actions"
-    if want != have:
-        raise CheckpointError(f"{path} is for {says.format(*want)} but {world.env_id} has "
-                              f"{says.format(*have)}: run python3 train_jepa.py")
-    if other.exists():
-        models["reconstruction"], its = load(other)
-        if any(its[k] != metadata[k] for k in ("env_id", "tile_size", "seed")):
-            raise CheckpointError(f"{other} was trained on other data than {path.name}: move it "
-                                  "away or train it again")
+    world, models = None, {}
+    for name in ("JEPA", "reconstruction"):
+        path = HERE / f"{name.lower()}_world_model.pt"
+        if models and not path.exists():
+            break
+        contents = read_checkpoint(path)
+        model, its = build_model(contents, path), contents["data"].get("metadata")
+        if not isinstance(its, dict) or not {"env_id", "tile_size", "seed"} <= its.keys():
+            raise CheckpointError(f"{path} was trained on data that do not name their environment: "
+                                  "run python3 collect_minigrid_data.py, then train_jepa.py")
+        if its["seed"] == SEED:
+            raise CheckpointError(f"SEED is {SEED}, the seed of the training data: change it in "
+                                  "plan_with_jepa.py, or the layouts are not held out")
+        world = world or World(its["env_id"], its["tile_size"])
+        want = (*model.arguments["image_size"], model.arguments["num_actions"], its["env_id"])
+        have = (*world.image().shape[:2], world.num_actions, world.env_id)
+        if want != have:
+            says = "{}x{} images and {} actions of {}"
+            raise CheckpointError(f"{path} is for {says.format(*want)}, and {says.format(*have)} "
+                                  "are wanted: run python3 train_jepa.py")
+        models[name] = model.to(pick_device())
     return world, models
 
 
 def main():
     try:
         world, models = prepare()
-        attempts, rows, random = compare(world, models)
-        print_table(world.env_id, rows, random)
+        attempts, rows = compare(world, models)
+        print_table(world, rows)
         report = {
-            "env_id": world.env_id, "random": random,
+            "env_id": world.env_id, "random": world.random,
             "settings": {"NUM_TASKS": NUM_TASKS, "CONTROL_TASKS": CONTROL_TASKS, "SEED": SEED,
                          "MAX_STATES": MAX_STATES},
             "device": str(pick_device()), "threads": torch.get_num_threads(), "rows": rows,

@@ -12,12 +12,12 @@ environment under another seed, collected in memory. Every score stands beside i
 
 import copy
 import json
+import math
 import sys
 from collections import Counter, deque
 from pathlib import Path
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 import collect_minigrid_data as collect
 import world_model_jepa as jepa
-from minigrid_dataset import DataError, load_transitions, split_by_episode, to_float
+from minigrid_dataset import DataError, join_tiles, load_transitions, split_by_episode, to_float
 
 # ------------------------------------------------------------------------ settings: edit and rerun
 EVAL_SEED = 12345        # of the held-out layouts; the probes learn on those of the next seed
 EVAL_EPISODES = 200      # held-out layouts; all their distinct frames are candidates for hit@1
 EVAL_STEPS = 40          # steps an episode
 MAX_WINDOWS = 3000       # rollouts that hit@1 is measured on, spread evenly over the episodes
-STRICT_STATES = 30000    # layouts are taken for the strict hit@1 until they have so many states
+STRICT_STATES = 20000    # layouts are taken for the strict hit@1 until they have so many states
 HORIZON = 20             # steps of a rollout
 PROBE_LAYOUTS = 12000    # layouts whose first frame the probes learn on, and 64 a cell at least:
                          # each cell is a part of the room
@@ -46,18 +46,10 @@ PROBE_EPISODES = 800     # and 10 frames from episodes in each of these: doors a
 HERE = Path(__file__).resolve().parent
 NAMES = ("jepa", "reconstruction")
 FORWARD = 2              # MiniGrid's number of the action; 0 and 1 turn
+LEAST = {"EVAL_SEED": 0, "EVAL_EPISODES": 1, "EVAL_STEPS": 1, "MAX_WINDOWS": 1,
+         "STRICT_STATES": 1, "HORIZON": 1, "PROBE_LAYOUTS": 1, "PROBE_EPISODES": 1}
 COLOURS = {"jepa": "#0072B2", "reconstruction": "#D55E00", "untrained": "#E69F00",
            "copy": "#009E73", "chance": "black"}  # Okabe & Ito 2008: for colour-blind readers too
-
-
-def check_settings():
-    """Raises DataError, one sentence, at a setting that cannot be used."""
-    for name in ("EVAL_SEED", "EVAL_EPISODES", "EVAL_STEPS", "MAX_WINDOWS", "STRICT_STATES",
-                 "HORIZON", "PROBE_LAYOUTS", "PROBE_EPISODES"):
-        value, least = globals()[name], int(name != "EVAL_SEED")
-        if type(value) is not int or value < least:
-            raise DataError(f"{name} is {value!r}: make it a whole number, {least} or more, in "
-                            "inspect_jepa_model.py")
 
 
 # -------------------------------------------------- 1. load: checkpoints, data, held-out layouts
@@ -67,19 +59,14 @@ def load_models(data, device):
     names = [name for name in NAMES if paths[name].exists()] or NAMES[:1]
     contents = {name: jepa.read_checkpoint(paths[name]) for name in names}
     models = {name: jepa.build_model(its, paths[name]).to(device) for name, its in contents.items()}
-    actions = max(data.metadata.get("num_actions", 7), int(data.actions.max()) + 1)
+    says = "{}x{} images and {} actions"
+    have = says.format(*data.image_size, data.num_actions)
     for name, model in models.items():
-        want = *model.arguments["image_size"], model.arguments["num_actions"]
-        have, says = (*image_size(data), actions), "{}x{} images and {} actions"
+        want = says.format(*model.arguments["image_size"], model.arguments["num_actions"])
         if want != have:
-            raise jepa.CheckpointError(
-                f"{paths[name]} is for {says.format(*want)} but {data.path} has "
-                f"{says.format(*have)}: run python3 train_jepa.py")
+            raise jepa.CheckpointError(f"{paths[name]} is for {want} but {data.path} has {have}: "
+                                       "run python3 train_jepa.py")
     return contents, models
-
-
-def image_size(data):
-    return tuple(data.frames(data.obs_index[:1]).shape[-2:])
 
 
 def collect_held_out(data, contents):
@@ -93,23 +80,23 @@ def collect_held_out(data, contents):
     seeds = [s for s in range(EVAL_SEED, EVAL_SEED + 4) if s not in taken]
     world = collect.collect_episodes(meta["env_id"], range(EVAL_EPISODES), EVAL_STEPS,
                                      meta["tile_size"], seeds[0])
-    if world["frames"].shape[1:3] != image_size(data):
+    if world["frames"].shape[1:3] != data.image_size:
         raise DataError(f"{data.path} does not hold frames of what its metadata names, "
                         f"{meta['env_id']}: run python3 collect_minigrid_data.py")
-    return {"seed": seeds[0], "env": collect.make_env(meta["env_id"]), **world}, seeds[1]
+    fast = collect.fast_is_right(meta["env_id"], meta["tile_size"])
+    return {"seed": seeds[0], "env": collect.registered_env(meta["env_id"]), "fast": fast,
+            **world}, seeds[1]
 
 
 def own_held_out(data, settings):
     """What collect_episodes gives, as far as a file's own validation episodes allow."""
     episodes = split_by_episode(data, settings["VALIDATION_FRACTION"], settings["SEED"])[1]
-    most = min(EVAL_EPISODES * EVAL_STEPS, 2**28 // np.prod(image_size(data)))  # under 1 GB
+    most = min(EVAL_EPISODES * EVAL_STEPS, 2**28 // math.prod(data.image_size))  # under 1 GB
     rows = np.flatnonzero(np.isin(data.episode, episodes))[:most]
     index = torch.stack([data.obs_index[rows], data.next_obs_index[rows]])
-    used, index = index.unique(return_inverse=True)
-    frames = data.frames(used).permute(0, 2, 3, 1).numpy()
-    frames, same = np.unique(frames, axis=0, return_inverse=True)
-    before, after = same.reshape(-1)[index.numpy()]
-    return {"frames": frames, "obs_index": before, "next_obs_index": after,
+    maps, same = data.frame_tiles[index.flatten()].unique(dim=0, return_inverse=True)
+    return {"frames": join_tiles(data.tiles, maps).permute(0, 2, 3, 1).numpy(),
+            "obs_index": same[:len(rows)].numpy(), "next_obs_index": same[len(rows):].numpy(),
             "actions": data.actions[rows].numpy(), "episode": data.episode[rows]}
 
 
@@ -227,15 +214,15 @@ def states_like(world, frame, *tile_sizes):
     -> poses [(x, y, direction)] that look different, and a list of their images (C, H, W, 3) uint8
     for each of the tile sizes.
     """
-    env = world["env"]
+    env, it = world["env"], world["env"].unwrapped
     env.reset(seed=collect.env_seed(world["seed"], int(world["frame_episode"][frame])))
-    own = {tuple(thing.encode()): thing for thing in env.grid.grid if thing is not None}
+    own = {tuple(thing.encode()): thing for thing in it.grid.grid if thing is not None}
     codes = map(tuple, world["frame_grid"][frame].swapaxes(0, 1).reshape(-1, 3).tolist())
     cells = [own.get(code) or WorldObj.decode(*code) for code in codes]
 
     def place(pose):
-        env.grid.grid[:] = cells
-        env.agent_pos, env.agent_dir, env.step_count = pose[:2], pose[2], 0
+        it.grid.grid[:] = cells
+        it.agent_pos, it.agent_dir, it.step_count = pose[:2], pose[2], 0
 
     start = *world["frame_agent_pos"][frame].tolist(), int(world["frame_agent_dir"][frame])
     poses, queue = {start: None}, deque([start])
@@ -244,15 +231,20 @@ def states_like(world, frame, *tile_sizes):
         for action in (0, 1, FORWARD):
             place(pose)
             over = env.step(action)[2]
-            after = int(env.agent_pos[0]), int(env.agent_pos[1]), int(env.agent_dir)
+            after = int(it.agent_pos[0]), int(it.agent_pos[1]), int(it.agent_dir)
             if after not in poses:
                 poses[after] = None
                 queue.extend(() if over else [after])
-    recorder = collect.Recorder()
-    for pose in poses:
-        place(pose)
-        recorder.look(env, 0)
-    images = [collect.pixels(*collect.render_frames(env, recorder, size)) for size in tile_sizes]
+    images, image = [], None
+    fast = world["fast"] and all(type(o).__module__ == collect.OBJECTS for o in own.values())
+    for size in tile_sizes:
+        recorder = collect.Recorder()
+        for pose in poses:
+            place(pose)
+            if not fast:
+                image = it.get_frame(highlight=it.highlight, tile_size=size)
+            recorder.look(it, 0, image)
+        images.append(collect.pixels(*collect.render_frames(recorder, size)))
     first = list({image.tobytes(): i for i, image in enumerate(images[0])}.values())
     return [list(poses)[i] for i in first], [some[first] for some in images]
 
@@ -310,7 +302,7 @@ def score_strictly(models, latents, world, tile_size, device):
 def predictable_share(env_id):
     """Share of steps whose outcome is the commonest one: 1.0 where the world is not random. Copies
     of the simulator step with other random numbers: five guess, five others check it."""
-    env, right = gym.make(env_id, disable_env_checker=True), []
+    env, right = collect.registered_env(env_id), []
     for case in range(70):
         env.reset(seed=case // 7)
         ends = []
@@ -647,9 +639,9 @@ def inspect(device):
     print_report(report)
     shots = imagined_pictures(models, latents, world, meta.get("tile_size"), device)
     text = json.dumps(report, indent=1) + "\n"
-    jepa.write_atomically(HERE / "inspection.json", lambda path: Path(path).write_text(text))
-    jepa.write_atomically(HERE / "inspection.png", lambda path: draw(path, report, shots))
-    jepa.write_atomically(HERE / "rollout.gif", lambda path: draw_gif(
+    collect.write_atomically(HERE / "inspection.json", lambda path: Path(path).write_text(text))
+    collect.write_atomically(HERE / "inspection.png", lambda path: draw(path, report, shots))
+    collect.write_atomically(HERE / "rollout.gif", lambda path: draw_gif(
         path, next(iter(shots.values())), shots["truth"]))
 
 
@@ -658,7 +650,7 @@ def main():
     device = jepa.pick_device()
     print(f"Using device: {device}")
     try:
-        check_settings()
+        collect.check_whole_numbers(globals(), LEAST, Path(__file__).name)
         inspect(device)
     except (jepa.CheckpointError, collect.CollectError, DataError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -157,11 +157,14 @@ def env_seed(seed: int, episode: int) -> int:
 
 def action_odds(env: gym.Env) -> np.ndarray:
     """(number of actions,) probabilities, from the first of ACTION_WEIGHTS."""
-    count = env.action_space.n
-    odds = np.array(ACTION_WEIGHTS[:count], np.float64)
-    if len(odds) < count or odds.sum() <= 0:
-        raise CollectError(f"ACTION_WEIGHTS has to begin with a number for each of {count} "
-                           f"actions, one of them above 0: edit ACTION_WEIGHTS {EDIT}")
+    count, weights = env.action_space.n, ACTION_WEIGHTS
+    good = isinstance(weights, tuple | list) and len(weights) >= count and all(
+        isinstance(weight, numbers.Real) and 0 <= weight < np.inf for weight in weights)
+    if not good or not any(weights[:count]):
+        raise CollectError(f"ACTION_WEIGHTS must be numbers, one for each of {count} actions, none "
+                           f"of them negative, one of them above 0, not {weights!r}: edit "
+                           f"ACTION_WEIGHTS {EDIT}")
+    odds = np.array(weights[:count], np.float64)
     return odds / odds.sum()
 
 
@@ -538,22 +541,24 @@ def keep_aside(path: Path) -> Path | None:
     return aside
 
 
+def check_whole_numbers(settings: dict, least: dict, script: str):
+    """Raise CollectError at the first of the settings named in `least` that is no whole number or
+    is less than it."""
+    for name, lowest in least.items():
+        value = settings[name]
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or value < lowest:
+            raise CollectError(f"{name} must be a whole number, {lowest} or more, not {value!r}: "
+                               f"edit {name} in {script}")
+
+
 def check_settings():
     """Raise CollectError at a setting that cannot be used, before anything is collected."""
-    def demand(good, name, wanted):
-        if not good:
-            raise CollectError(f"{name} must be {wanted}, not {globals()[name]!r}: "
-                               f"edit {name} {EDIT}")
-
-    demand(isinstance(ENV_ID, str), "ENV_ID", "a text")
-    demand(isinstance(DATA_FILE, str | Path), "DATA_FILE", "a path as a text")
-    for name, least in LEAST.items():
-        value = globals()[name]
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        demand(whole and value >= least, name, f"a whole number, {least} or more")
-    weights = isinstance(ACTION_WEIGHTS, tuple | list) and all(
-        isinstance(weight, numbers.Real) and 0 <= weight < np.inf for weight in ACTION_WEIGHTS)
-    demand(weights, "ACTION_WEIGHTS", "numbers, none of them negative")
+    check_whole_numbers(globals(), LEAST, "collect_minigrid_data.py")
+    for name, kind in (("ENV_ID", str), ("DATA_FILE", str | Path)):
+        if not isinstance(globals()[name], kind):
+            raise CollectError(
+                f"{name} must be a text, not {globals()[name]!r}: edit {name} {EDIT}")
     action_odds(registered_env(ENV_ID))
 
 

@@ -12,12 +12,12 @@ environment under another seed, collected in memory. Every score stands beside i
 
 import copy
 import json
+import math
 import sys
 from collections import Counter, deque
 from pathlib import Path
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 import collect_minigrid_data as collect
 import world_model_jepa as jepa
-from minigrid_dataset import DataError, load_transitions, split_by_episode, to_float
+from minigrid_dataset import DataError, join_tiles, load_transitions, split_by_episode, to_float
 
 # ------------------------------------------------------------------------ settings: edit and rerun
 EVAL_SEED = 12345        # of the held-out layouts; the probes learn on those of the next seed
 EVAL_EPISODES = 200      # held-out layouts; all their distinct frames are candidates for hit@1
 EVAL_STEPS = 40          # steps an episode
 MAX_WINDOWS = 3000       # rollouts that hit@1 is measured on, spread evenly over the episodes
-STRICT_STATES = 30000    # layouts are taken for the strict hit@1 until they have so many states
+STRICT_STATES = 20000    # layouts are taken for the strict hit@1 until they have so many states
 HORIZON = 20             # steps of a rollout
 PROBE_LAYOUTS = 12000    # layouts whose first frame the probes learn on, and 64 a cell at least:
                          # each cell is a part of the room
@@ -46,18 +46,10 @@ PROBE_EPISODES = 800     # and 10 frames from episodes in each of these: doors a
 HERE = Path(__file__).resolve().parent
 NAMES = ("jepa", "reconstruction")
 FORWARD = 2              # MiniGrid's number of the action; 0 and 1 turn
+LEAST = {"EVAL_SEED": 0, "EVAL_EPISODES": 1, "EVAL_STEPS": 1, "MAX_WINDOWS": 1,
+         "STRICT_STATES": 1, "HORIZON": 1, "PROBE_LAYOUTS": 1, "PROBE_EPISODES": 1}
 COLOURS = {"jepa": "#0072B2", "reconstruction": "#D55E00", "untrained": "#E69F00",
            "copy": "#009E73", "chance": "black"}  # Okabe & Ito 2008: for colour-blind readers too
-
-
-def check_settings():
-    """Raises DataError, one sentence, at a setting that cannot be used."""
-    for name in ("EVAL_SEED", "EVAL_EPISODES", "EVAL_STEPS", "MAX_WINDOWS", "STRICT_STATES",
-                 "HORIZON", "PROBE_LAYOUTS", "PROBE_EPISODES"):
-        value, least = globals()[name], int(name != "EVAL_SEED")
-        if type(value) is not int or value < least:
-            raise DataError(f"{name} is {value!r}: make it a whole number, {least} or more, in "
-                            "inspect_jepa_model.py")
 
 
 # -------------------------------------------------- 1. load: checkpoints, data, held-out layouts
@@ -67,19 +59,14 @@ def load_models(data, device):
     names = [name for name in NAMES if paths[name].exists()] or NAMES[:1]
     contents = {name: jepa.read_checkpoint(paths[name]) for name in names}
     models = {name: jepa.build_model(its, paths[name]).to(device) for name, its in contents.items()}
-    actions = max(data.metadata.get("num_actions", 7), int(data.actions.max()) + 1)
+    says = "{}x{} images and {} actions"
+    have = says.format(*data.image_size, data.num_actions)
     for name, model in models.items():
-        want = *model.arguments["image_size"], model.arguments["num_actions"]
-        have, says = (*image_size(data), actions), "{}x{} images and {} actions"
+        want = says.format(*model.arguments["image_size"], model.arguments["num_actions"])
         if want != have:
-            raise jepa.CheckpointError(
-                f"{paths[name]} is for {says.format(*want)} but {data.path} has "
-                f"{says.format(*have)}: run python3 train_jepa.py")
+            raise jepa.CheckpointError(f"{paths[name]} is for {want} but {data.path} has {have}: "
+                                       "run python3 train_jepa.py")
     return contents, models
-
-
-def image_size(data):
-    return tuple(data.frames(data.obs_index[:1]).shape[-2:])
 
 
 def collect_held_out(data, contents):
@@ -93,23 +80,23 @@ def collect_held_out(data, contents):
     seeds = [s for s in range(EVAL_SEED, EVAL_SEED + 4) if s not in taken]
     world = collect.collect_episodes(meta["env_id"], range(EVAL_EPISODES), EVAL_STEPS,
                                      meta["tile_size"], seeds[0])
-    if world["frames"].shape[1:3] != image_size(data):
+    if world["frames"].shape[1:3] != data.image_size:
         raise DataError(f"{data.path} does not hold frames of what its metadata names, "
                         f"{meta['env_id']}: run python3 collect_minigrid_data.py")
-    return {"seed": seeds[0], "env": collect.make_env(meta["env_id"]), **world}, seeds[1]
+    fast = collect.fast_is_right(meta["env_id"], meta["tile_size"])
+    return {"seed": seeds[0], "env": collect.registered_env(meta["env_id"]), "fast": fast,
+            **world}, seeds[1]
 
 
 def own_held_out(data, settings):
     """What collect_episodes gives, as far as a file's own validation episodes allow."""
     episodes = split_by_episode(data, settings["VALIDATION_FRACTION"], settings["SEED"])[1]
-    most = min(EVAL_EPISODES * EVAL_STEPS, 2**28 // np.prod(image_size(data)))  # under 1 GB
+    most = min(EVAL_EPISODES * EVAL_STEPS, 2**28 // math.prod(data.image_size))  # under 1 GB
     rows = np.flatnonzero(np.isin(data.episode, episodes))[:most]
     index = torch.stack([data.obs_index[rows], data.next_obs_index[rows]])
-    used, index = index.unique(return_inverse=True)
-    frames = data.frames(used).permute(0, 2, 3, 1).numpy()
-    frames, same = np.unique(frames, axis=0, return_inverse=True)
-    before, after = same.reshape(-1)[index.numpy()]
-    return {"frames": frames, "obs_index": before, "next_obs_index": after,
+    maps, same = data.frame_tiles[index.flatten()].unique(dim=0, return_inverse=True)
+    return {"frames": join_tiles(data.tiles, maps).permute(0, 2, 3, 1).numpy(),
+            "obs_index": same[:len(rows)].numpy(), "next_obs_index": same[len(rows):].numpy(),
             "actions": data.actions[rows].numpy(), "episode": data.episode[rows]}
 
 
@@ -177,10 +164,9 @@ def mean(values):
 
 
 def score_dynamics(models, world, device):
-    """-> {name: {z_std, rank, hit@1, ...}} and {name: latents}: `online` and `target` (K, D) of the
-    held-out frames, `imagined` (N, HORIZON, D). hit@1 is None where nothing moved."""
+    """-> {name: {z_std, rank, hit@1, ...}} and {name: latents}: `online` (K, D) of the held-out
+    frames, `imagined` (N, HORIZON, D). hit@1 is None where nothing moved."""
     frames, actions, valid = world["windows"]
-    shuffled = np.random.default_rng(0).permutation(actions)  # windows get those of others
     counted = valid & (frames[:, 1:] != frames[:, :1])
     moved = world["obs_index"] != world["next_obs_index"]
     before, after = world["obs_index"][moved], world["next_obs_index"][moved]
@@ -188,13 +174,10 @@ def score_dynamics(models, world, device):
     for name, model in tqdm(models.items(), "Imagining", leave=False):
         online = encode_all(model.encode, world["frames"], device)
         target = encode_all(model.encode_target, world["frames"], device)
-        rollouts = {"hit@1": actions, "hit@1, shuffled actions": shuffled}
-        scores[name] = {}
-        for kind in list(rollouts)[:1 + (name in NAMES)]:
-            imagined = imagine(model, online[frames[:, 0]], rollouts[kind])
-            curve = find_hits(imagined, target, frames[:, 1:], counted)
-            scores[name][kind] = list(map(mean, curve))
-            latents.setdefault(name, {"online": online, "target": target, "imagined": imagined})
+        imagined = imagine(model, online[frames[:, 0]], actions)
+        latents[name] = {"online": online, "imagined": imagined}
+        curve = find_hits(imagined, target, frames[:, 1:], counted)
+        scores[name] = {"hit@1": list(map(mean, curve))}
         if name != "copy":
             cosine = F.cosine_similarity(online[before], online[after]).tolist()
             scores[name] |= {"z_std": jepa.latent_spread(online),
@@ -204,18 +187,17 @@ def score_dynamics(models, world, device):
 
 
 def decoder_errors(model, latents, world):
-    """Mean squared errors of some decoded frames, pixels in [0, 1], and of their mean image."""
+    """{steps ahead: mean squared errors of decoded frames, pixels in [0, 1], and of their mean}."""
     frames, _, valid = world["windows"]
-    steps = int(min(10, valid.sum(1).max()))
-    every, rows = np.arange(len(world["frames"])), np.flatnonzero(valid[:, steps - 1])
-    every, rows = every[::-(-len(every) // 300)], rows[::-(-len(rows) // 300)]
     errors = {}
-    for key, z, true in (
-            ("encoded", latents["online"][every], every),
-            (f"imagined {steps} ahead", latents["imagined"][rows, steps - 1], frames[rows, steps])):
-        images = to_float(torch.from_numpy(world["frames"][true]).permute(0, 3, 1, 2))
-        errors[key] = {"decoded": F.mse_loss(model.decode(z).cpu(), images).item(),
-                       "mean image": (images - images.mean(0)).square().mean().item()}
+    for steps in (0, int(min(10, valid.sum(1).max()))):
+        rows = np.flatnonzero(valid[:, max(steps, 1) - 1])
+        rows, true = rows[::-(-len(rows) // 300)], frames[:, steps]      # some 300 frames
+        z = latents["imagined"][rows, steps - 1] if steps else latents["online"][true[rows]]
+        images = to_float(torch.from_numpy(world["frames"][true[rows]]).permute(0, 3, 1, 2))
+        errors[f"{steps} steps ahead"] = {
+            "decoded": F.mse_loss(model.decode(z).cpu(), images).item(),
+            "mean image": (images - images.mean(0)).square().mean().item()}
     return errors
 
 
@@ -227,15 +209,15 @@ def states_like(world, frame, *tile_sizes):
     -> poses [(x, y, direction)] that look different, and a list of their images (C, H, W, 3) uint8
     for each of the tile sizes.
     """
-    env = world["env"]
+    env, it = world["env"], world["env"].unwrapped
     env.reset(seed=collect.env_seed(world["seed"], int(world["frame_episode"][frame])))
-    own = {tuple(thing.encode()): thing for thing in env.grid.grid if thing is not None}
+    own = {tuple(thing.encode()): thing for thing in it.grid.grid if thing is not None}
     codes = map(tuple, world["frame_grid"][frame].swapaxes(0, 1).reshape(-1, 3).tolist())
     cells = [own.get(code) or WorldObj.decode(*code) for code in codes]
 
     def place(pose):
-        env.grid.grid[:] = cells
-        env.agent_pos, env.agent_dir, env.step_count = pose[:2], pose[2], 0
+        it.grid.grid[:] = cells
+        it.agent_pos, it.agent_dir, it.step_count = pose[:2], pose[2], 0
 
     start = *world["frame_agent_pos"][frame].tolist(), int(world["frame_agent_dir"][frame])
     poses, queue = {start: None}, deque([start])
@@ -244,15 +226,20 @@ def states_like(world, frame, *tile_sizes):
         for action in (0, 1, FORWARD):
             place(pose)
             over = env.step(action)[2]
-            after = int(env.agent_pos[0]), int(env.agent_pos[1]), int(env.agent_dir)
+            after = int(it.agent_pos[0]), int(it.agent_pos[1]), int(it.agent_dir)
             if after not in poses:
                 poses[after] = None
                 queue.extend(() if over else [after])
-    recorder = collect.Recorder()
-    for pose in poses:
-        place(pose)
-        recorder.look(env, 0)
-    images = [collect.pixels(*collect.render_frames(env, recorder, size)) for size in tile_sizes]
+    images, image = [], None
+    fast = world["fast"] and all(type(o).__module__ == collect.OBJECTS for o in own.values())
+    for size in tile_sizes:
+        recorder = collect.Recorder()
+        for pose in poses:
+            place(pose)
+            if not fast:
+                image = it.get_frame(highlight=it.highlight, tile_size=size)
+            recorder.look(it, 0, image)
+        images.append(collect.pixels(*collect.render_frames(recorder, size)))
     first = list({image.tobytes(): i for i, image in enumerate(images[0])}.values())
     return [list(poses)[i] for i in first], [some[first] for some in images]
 
@@ -310,7 +297,7 @@ def score_strictly(models, latents, world, tile_size, device):
 def predictable_share(env_id):
     """Share of steps whose outcome is the commonest one: 1.0 where the world is not random. Copies
     of the simulator step with other random numbers: five guess, five others check it."""
-    env, right = gym.make(env_id, disable_env_checker=True), []
+    env, right = collect.registered_env(env_id), []
     for case in range(70):
         env.reset(seed=case // 7)
         ends = []
@@ -411,8 +398,8 @@ def pixel_components(frames, device):
 
 
 def score_probes(models, latents, world, seed, meta, device):
-    """-> {name: {fact: {steps ahead: share of frames known exactly} or "constant"}}, and the number
-    of frames learnt on. `majority` always gives the commonest class."""
+    """-> {name: {fact: {steps ahead: share of frames known exactly}}} of the facts that vary, and
+    the number of frames learnt on. `majority` always gives the commonest class."""
     encoders = {name: model.encode_target for name, model in models.items()}
     encoders["raw pixels"] = pixel_components(world["frames"], device)
     features, labels = collect_probe_data(encoders, world, seed, meta, device)
@@ -429,21 +416,21 @@ def score_probes(models, latents, world, seed, meta, device):
     both = {k: np.concatenate([v, world[k]]) for k, v in labels.items()}
     for fact, values in tqdm(facts_of(both).items(), "Probing", leave=False):
         varying = values[:, (values != values[0]).any(0)]
+        if not varying.size:
+            continue
         classes, y = np.unique(varying, return_inverse=True)
         y = torch.from_numpy(y.reshape(varying.shape))
-        for name in encoders if len(classes) else ():
+        for name in encoders:
             predict = softmax_probe(features[name], y[:N].to(device), len(classes))
             right[name][fact] = {k: (predict(z).cpu() == y[N:][index]).all(1)
                                  for k, (z, index) in tests[name].items()}
-        if len(classes):
-            right["majority"][fact] = {"0": (y[:N].mode(0).values == y[N:]).all(1)}
+        right["majority"][fact] = {"0": (y[:N].mode(0).values == y[N:]).all(1)}
     for known in right.values():
         if {"agent cell", "agent direction"} <= known.keys():
             known["agent pose"] = {k: known["agent cell"][k] & v
                                    for k, v in known["agent direction"].items()}
-    return {name: {fact: {k: v.float().mean().item() for k, v in known[fact].items()}
-                   if fact in known else "constant" for fact in ("agent pose", *facts_of(both))}
-            for name, known in right.items()}, N
+    return {name: {fact: {k: v.float().mean().item() for k, v in scores.items()}
+                   for fact, scores in known.items()} for name, known in right.items()}, N
 
 
 # ------------------------------------------------------------------------------------- 6. verdict
@@ -493,21 +480,17 @@ def print_report(report):
                         f"doors and so on allow, {its['layouts']} times; ties are misses",
         "blocked moves": f"{its['blocked moves']} times forward, and the picture stays; strict",
         "hit@1": f"among all {world['candidates']} frames of {world['layouts']} held-out layouts",
-        "hit@1, shuffled actions": "the same with the actions of another window",
     }.items():
         rows = [(n, [s[kind][k - 1] for k in steps] if "hit" in kind else [s[kind]])
                 for n, s in everyone.items() if kind in s]
         if rows:
             print_table(f"{kind}: {what}", [f"+{k}" for k in steps[:len(rows[0][1])]], rows)
-    columns = {n: s["probes"] for n, s in everyone.items() if "probes" in s}
-    rows = [(fact if k == "0" else f"{fact}, {k} steps ahead",
-             ["constant" if score == "constant" else its[fact].get(k, "")
-              for its in columns.values()])
-            for fact, score in next(iter(columns.values()), {}).items()
-            for k in (["0"] if score == "constant" else score)]
+    probes = {n: s["probes"] for n, s in everyone.items() if "probes" in s}
+    rows = [(f"{fact}, {k} steps ahead", [its[fact].get(k, "") for its in probes.values()])
+            for fact, score in next(iter(probes.values()), {}).items() for k in score]
     if rows:
-        print_table(f"Linear probes, exact match on {world['candidates']} held-out frames, learnt "
-                    f"on {world['probe_frames']} frames of other layouts", columns, rows)
+        print_table(f"Linear probes of what varies, exact match on {world['candidates']} held-out "
+                    f"frames, learnt on {world['probe_frames']} of other layouts", probes, rows)
     else:
         print("\nNo probes: the data file does not say which environment it holds")
     for name, score in models.items():
@@ -531,18 +514,17 @@ def imagined_pictures(models, latents, world, tile_size, device):
     window = max(np.flatnonzero(valid[:, steps - 1]), key=lambda w: len(set(frames[w, :steps + 1])))
     shots, small = {name: [] for name in [*models, "truth"]}, np.empty((0, 1, 1, 1))
     for k, true in enumerate(frames[window, :steps + 1]):
-        if not (small == world["frames"][true]).all((1, 2, 3)).any():
+        same = (small == world["frames"][true]).all((1, 2, 3))
+        if not same.any():
             poses, small, big = [None] * len(world["frames"]), world["frames"], world["frames"]
             if "env" in world:
-                there, images = states_like(world, true, tile_size, 16)
-                if (images[0] == world["frames"][true]).all((1, 2, 3)).any():
-                    poses, (small, big) = there, images
+                poses, (small, big) = states_like(world, true, tile_size, 16)
+            same = (small == world["frames"][true]).all((1, 2, 3))
             targets = {n: encode_all(m.encode_target, small, device) for n, m in models.items()}
-        right = (small == world["frames"][true]).all((1, 2, 3)).argmax()
         for name in shots:
-            nearest = right if k == 0 or name == "truth" else int(
+            nearest = same.argmax() if k == 0 or name == "truth" else int(
                 (targets[name] @ latents[name]["imagined"][window, k - 1]).argmax())
-            shots[name].append((big[nearest], poses[nearest], nearest == right))
+            shots[name].append((big[nearest], poses[nearest], same[nearest]))
     return shots
 
 
@@ -560,15 +542,14 @@ def show(axis, shot):
 
 def draw_gif(path, imagined, truth):
     """rollout.gif: two lists of shots side by side."""
-    figure, writer = Figure(figsize=(8, 4.5)), PillowWriter(fps=2.5)
-    axes = figure.subplots(1, 2, gridspec_kw={
-        "left": 0.01, "right": 0.99, "bottom": 0.07, "top": 0.92, "wspace": 0.02})
+    figure, writer = Figure(figsize=(8, 4.5), layout="constrained"), PillowWriter(fps=2.5)
+    axes = figure.subplots(1, 2)
     with writer.saving(figure, path, 80):
         for k, pair in enumerate(zip(imagined, truth, strict=True)):
-            for axis, shot, title in zip(axes, pair, ("imagined from the first image",
-                                                      "what happens")):
+            for axis, shot in zip(axes, pair):
                 show(axis, shot)
-                axis.set_title(title, fontsize=14)
+            axes[0].set_title("imagined from the first image")
+            axes[1].set_title("what happens")
             figure.supxlabel(f"after {k} actions")
             writer.grab_frame()
 
@@ -589,13 +570,11 @@ def draw(path, report, shots):
     top.suptitle("One frame seen, then actions only; shown is the real frame nearest to the "
                  "imagined latent (red: the wrong one)")
     axis = bottom.subplots()
-    for kind, style, more in (("hit@1 strict", "-o", ", all states of the layout"),
-                              ("hit@1", "--", ""),
-                              ("hit@1, shuffled actions", ":", ", shuffled actions")):
-        for name, score in {**report["checkpoints"], **report["controls"]}.items():
-            if kind in score and (name in NAMES or kind == "hit@1"):
+    for name, score in {**report["checkpoints"], **report["controls"]}.items():
+        for kind, style in (("hit@1 strict", "-o"), ("hit@1", "--")):
+            if kind in score:
                 axis.plot(range(1, HORIZON + 1), np.array(score[kind], float), style, ms=5, lw=2,
-                          color=COLOURS[name], label=name + more)
+                          color=COLOURS[name], label=f"{name}, {kind}")
     axis.set(title="Finding the true frame", xlabel="steps imagined", ylim=(-0.03, 1.03),
              ylabel="hit@1 (share of moved windows)", xticks=[1, *range(5, HORIZON + 1, 5)])
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -618,38 +597,40 @@ def inspect(device):
     world, probe_seed = collect_held_out(data, contents)
     world["windows"] = cut_windows(world, MAX_WINDOWS)
     torch.manual_seed(0)
-    encoders = {**models, "untrained": type(first)(**first.arguments).to(device).eval()}
+    untrained = type(first)(**first.arguments)
+    counts = torch.bincount(data.frame_tiles.flatten().int(), minlength=len(data.tiles))
+    untrained.start_from(to_float(data.tiles), counts.float())  # as training begins
+    encoders = {**models, "untrained": untrained.to(device).eval()}
     same = SimpleNamespace(encode=first.encode_target, encode_target=first.encode_target,
                            predict_next=lambda z, action: z)
     scores, latents = score_dynamics({**encoders, "copy": same}, world, device)
-    report = {"world": {
-        "env_id": meta.get("env_id"), "data": data.path.name, "seed": world.get("seed"),
-        "candidates": len(world["frames"]), "layouts": len(np.unique(world["episode"])),
-        "probe_seed": probe_seed, "predictable_share": None, "strict": None}}
+    about = {"env_id": meta.get("env_id"), "data": data.path.name, "seed": world.get("seed"),
+             "candidates": len(world["frames"]), "layouts": len(np.unique(world["episode"])),
+             "probe_seed": probe_seed, "predictable_share": None, "strict": None}
     if probe_seed is not None:
-        report["world"]["predictable_share"] = predictable_share(meta["env_id"])
-        strict, report["world"]["strict"] = score_strictly(
+        about["predictable_share"] = predictable_share(meta["env_id"])
+        strict, about["strict"] = score_strictly(
             {**models, "copy": same}, latents, world, meta["tile_size"], device)
-        probes, report["world"]["probe_frames"] = score_probes(
+        probes, about["probe_frames"] = score_probes(
             encoders, latents, world, probe_seed, meta, device)
-        for name, known in probes.items():
-            scores.setdefault(name, {})["probes"] = known
-        for name, known in strict.items():
-            scores[name] |= known
+        for name in {**strict, **probes}:
+            known = {"probes": probes[name]} if name in probes else {}
+            scores[name] = {**scores.get(name, {}), **strict.get(name, {}), **known}
     for name, model in models.items():
         score = scores[name]
         score |= {"dims": model.latent_dim, "epoch": contents[name]["epoch"]}
         if hasattr(model, "decode"):
             score["decoder"] = decoder_errors(model, latents[name], world)
         score["verdict"], score["reasons"] = judge(
-            score, scores["untrained"], scores["copy"], report["world"]["predictable_share"])
-    report |= {"checkpoints": {name: scores.pop(name) for name in models}, "controls": scores}
+            score, scores["untrained"], scores["copy"], about["predictable_share"])
+    report = {"world": about, "checkpoints": {name: scores.pop(name) for name in models},
+              "controls": scores}
     print_report(report)
     shots = imagined_pictures(models, latents, world, meta.get("tile_size"), device)
     text = json.dumps(report, indent=1) + "\n"
-    jepa.write_atomically(HERE / "inspection.json", lambda path: Path(path).write_text(text))
-    jepa.write_atomically(HERE / "inspection.png", lambda path: draw(path, report, shots))
-    jepa.write_atomically(HERE / "rollout.gif", lambda path: draw_gif(
+    collect.write_atomically(HERE / "inspection.json", lambda path: Path(path).write_text(text))
+    collect.write_atomically(HERE / "inspection.png", lambda path: draw(path, report, shots))
+    collect.write_atomically(HERE / "rollout.gif", lambda path: draw_gif(
         path, next(iter(shots.values())), shots["truth"]))
 
 
@@ -658,7 +639,7 @@ def main():
     device = jepa.pick_device()
     print(f"Using device: {device}")
     try:
-        check_settings()
+        collect.check_whole_numbers(globals(), LEAST, Path(__file__).name)
         inspect(device)
     except (jepa.CheckpointError, collect.CollectError, DataError, OSError) as error:
         sys.exit(f"error: {error}")

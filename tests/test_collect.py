@@ -361,7 +361,7 @@ def test_unwritable_folder(small, tmp_path):
     ("ENV_ID", "MiniGrid-FourRoom-v0", "Did you mean: `MiniGrid-FourRooms`"),
     ("ENV_ID", "CartPole-v1", "a MiniGridEnv with Discrete"), ("ENV_ID", None, "a text"),
     ("ENV_ID", "", "fails"), ("ENV_ID", "no_such_module:X-v0", "No module named 'no_such_module'"),
-    ("DATA_FILE", 3, "a path"),
+    ("DATA_FILE", 3, "a text"),
 ])
 def test_bad_settings_are_one_sentence(small, tmp_path, name, value, says):
     with pytest.raises(SystemExit) as caught:

@@ -49,7 +49,5 @@ def workshop(tmp_path, monkeypatch):
     monkeypatch.setattr(collect_minigrid_data, "NUM_WORKERS", 1)
     monkeypatch.setattr(train_jepa, "HERE", tmp_path)
     monkeypatch.setattr(train_jepa, "EPOCHS", 3)
-    monkeypatch.setattr(train_jepa, "LAYOUT_EPOCHS", 2)
-    monkeypatch.setattr(train_jepa, "DYNAMICS_EPOCHS", 2)
     collect_minigrid_data.main()
     return tmp_path

@@ -135,11 +135,10 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
 @torch.no_grad()
 def plan_with_cem(model, obs, goal_obs, max_actions=20):
     """Categorical cross-entropy method, for comparison: same contract as plan_actions, but at most
-    20 actions.
+    20 actions (Rubinstein 1999; for planning in latents e.g. Hafner et al. 2019).
 
     Samples action sequences from independent categoricals, one per step; refits them to the tenth
-    whose imagined latents come nearest to the goal at any step. (Rubinstein 1999; for planning in
-    latents e.g. Hafner et al. 2019.) Returns the best sequence up to its nearest step.
+    whose imagined latents come nearest to the goal; returns the best up to its nearest step.
     """
     images, samples, horizon = read_images(model, obs=obs, goal_obs=goal_obs), 256, 20
     here, goal = moving_part(model, model.encode_target(images))
@@ -165,13 +164,10 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
 @torch.no_grad()
 def follow(model, planner, obs, goal_obs, step, anew=False):
     """Plan, act, look. STOP at the end of a plan that met the goal, if all that was seen is what
-    was imagined, and where there is nothing to do; else plan again.
+    was imagined, and at an empty plan; else plan again.
 
-    Args:
-        planner: plan_actions or plan_with_cem.
-        step: step(action) acts in the real environment and returns the next image (3, H, W), or
-            None when the episode is over.
-        anew: plan after every action, with no memory of earlier plans.
+    step(action) acts in the real environment and returns the next image (3, H, W), or None when the
+    episode is over. anew: plan after every action, with no memory of earlier plans.
 
     Returns: whether STOP was declared, what was imagined, one latent (D,) per action, and the
         seconds of each decision.
@@ -208,9 +204,11 @@ class World:
         self.env, self.inner, self.num_actions = env, env.unwrapped, int(env.action_space.n)
         self.random = self.is_random()
 
-    def reset(self, number):
-        """To the beginning of layout `number` of SEED."""
+    def reset(self, number, pose=None):
+        """To the beginning of layout `number` of SEED, or a pose in it."""
         self.env.reset(seed=collect.env_seed(SEED, number))
+        if pose:
+            self.inner.agent_pos, self.inner.agent_dir = pose[:2], pose[2]
         self.recorder, self.things = collect.Recorder(), []
         left = list(self.inner.grid.grid)
         while left:  # doors and whatever else may change in place, and what boxes hold
@@ -219,19 +217,12 @@ class World:
                 self.things.append(thing)
                 left.append(thing.contains)
 
-    def step(self, action):
-        """-> whether the episode has ended. Time limits count for nothing here."""
-        return self.env.step(action)[2]
-
     def image(self):
         """(H, W, 3) uint8, as RGBImgObsWrapper shows it."""
         return self.inner.get_frame(highlight=self.inner.highlight, tile_size=self.tile_size)
 
     def pose(self):
         return (*map(int, self.inner.agent_pos), int(self.inner.agent_dir))
-
-    def place(self, pose):
-        self.inner.agent_pos, self.inner.agent_dir = pose[:2], pose[2]
 
     def key(self):
         """(Number of the state that is shown: grid, position and direction; type and colour of
@@ -259,7 +250,7 @@ class World:
             for draw in range(4):
                 self.restore(saved)
                 self.inner.np_random = np.random.default_rng(draw)
-                self.step(action)
+                self.env.step(action)
                 ends.add(self.key())
             if len(ends) > 1:
                 return True
@@ -279,7 +270,7 @@ def reach(world, walking=False, most=10_000):
         path, saved = tree[queue.popleft()]
         for action in range(world.num_actions):
             world.restore(saved)
-            ended, key = world.step(action), world.key()
+            ended, key = world.env.step(action)[2], world.key()
             other = walking and (world.recorder.grid, key[1]) != (grid, start[1])
             if not ended and not other and key not in tree:
                 tree[key] = [*path, action], world.save()
@@ -311,7 +302,7 @@ def make_task(world, number):
 
 
 def to_image(frame):
-    return to_float(torch.from_numpy(frame).permute(2, 0, 1))
+    return to_float(torch.from_numpy(frame).movedim(-1, -3))
 
 
 def attempt(world, task, policy):
@@ -320,13 +311,12 @@ def attempt(world, task, policy):
     def step(action):
         if len(frames) > 2 * len(task.oracle) + 10:
             return None
-        ended = world.step(action)
+        ended = world.env.step(action)[2]  # time limits count for nothing here
         trace.append(world.pose())
         frames.append(world.image())
         return None if ended else to_image(frames[-1])
 
-    world.reset(task.number)
-    world.place(task.start)
+    world.reset(task.number, task.start)
     trace, frames = [task.start], [world.image()]
     stopped, *result = policy(task, to_image(frames[0]), to_image(task.goal_image), step)
     there = world.random or np.array_equal(frames[-1], task.goal_image)
@@ -359,8 +349,7 @@ def random_policy(model, actions):
 
 def oracle_policy(task, obs, goal_obs, step):
     """Takes the oracle's path: its row checks the oracle for real."""
-    ends = [step(action) is None for action in task.oracle]
-    return not any(ends), [], []
+    return all(step(action) is not None for action in task.oracle), [], []
 
 
 def summarise(name, attempts):
@@ -422,48 +411,39 @@ def print_table(world, rows):
 
 
 # ------------ 4. the picture; only here is the simulator asked what an imagined latent looks like
-FRAMES = 7                                              # imagined frames per task
-BLUE, ORANGE, RED = "#0072B2", "#E69F00", "#D55E00"     # told apart by colour-blind readers
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"  # told apart by colour-blind readers
+
+
+def nearest_frames(world, model, latents):
+    """Latents (N, D) -> [(image, pose), ...]: those states that can be reached from here whose
+    target latents are nearest to them."""
+    reach(world)
+    images = collect.pixels(*collect.render_frames(world.recorder, world.tile_size))
+    targets = torch.cat([model.encode_target(to_image(some).to(latents.device))
+                         for some in np.array_split(images, -(-len(images) // 256))])   # (K, D)
+    poses = [key[1:4] for key in world.recorder.states]
+    return [(images[i], poses[i]) for i in (latents @ targets.T).argmax(1).tolist()]
 
 
 @torch.no_grad()
-def nearest_frames(world, model, latents):
-    """Latents (D,) -> [(image, pose), ...]: those states that can be reached from here whose target
-    latents are nearest to them."""
-    reach(world)
-    images = collect.pixels(*collect.render_frames(world.recorder, world.tile_size))
-    poses = [key[1:4] for key in world.recorder.states]
-    frames = torch.from_numpy(images).permute(0, 3, 1, 2)               # (K, 3, H, W) uint8
-    targets = torch.cat([model.encode_target(to_float(some.to(latents[0].device)))
-                         for some in frames.split(256)])                # (K, D)
-    nearest = (torch.stack(latents) @ targets.T).argmax(1).tolist()
-    return [(images[i], poses[i]) for i in nearest]
-
-
-def draw_frame(axis, image, pose, tile_size, title, colour=ORANGE):
-    """An image and, since the agent is a few pixels, a ring around it."""
-    axis.imshow(image)
-    x, y = ((c + 0.5) * tile_size - 0.5 for c in pose[:2])
-    axis.plot(x, y, "o", ms=13, mfc="none", mec=colour, mew=2)
-    axis.set_title(title, size=13)
-
-
 def draw_task(axes, world, model, result):
     """One row of the picture: start and the path taken, goal image, and what was imagined."""
     task, tile, latents = result["task"], world.tile_size, result["imagined"]
-    world.reset(task.number)
-    world.place(task.start)
-    draw_frame(axes[0], world.image(), task.start, tile, "start, path taken")
+    world.reset(task.number, task.start)
+    shown = [("start, path taken", world.image(), task.start), ("goal", task.goal_image, task.goal)]
+    steps = np.unique(np.linspace(1, len(latents), len(axes) - 2).round().astype(int))
+    frames = nearest_frames(world, model, torch.stack(latents)[steps - 1])
+    for n, (image, pose) in zip(steps, frames):
+        right = hash(image.tobytes()) == result["looks"][n]
+        shown.append((f"imagined {n}" if right else f"{n}: mistaken", image, pose))
+    for axis, (title, image, pose) in zip(axes, shown):
+        axis.imshow(image)
+        axis.set_title(title, size=13)
+        x, y = ((c + 0.5) * tile - 0.5 for c in pose[:2])  # a ring, as the agent is a few pixels
+        axis.plot(x, y, "o", ms=13, mfc="none", mec=ORANGE, mew=2)
     axes[0].plot(*((np.array(result["trace"])[:, :2].T + 0.5) * tile - 0.5), color=ORANGE, lw=2)
     axes[0].set_ylabel(f"{'solved' if result['success'] else 'FAILED'}\n{result['steps']} actions\n"
                        f"(oracle {len(task.oracle)})", size=13)
-    draw_frame(axes[1], task.goal_image, task.goal, tile, "goal image")
-    steps = np.unique(np.linspace(1, len(latents), FRAMES).round().astype(int))
-    frames = nearest_frames(world, model, [latents[n - 1] for n in steps])
-    for axis, n, (image, pose) in zip(axes[2:], steps, frames):
-        right = hash(image.tobytes()) == result["looks"][n]
-        draw_frame(axis, image, pose, tile, f"imagined {n}" if right else f"{n}: mistaken",
-                   ORANGE if right else RED)
     for axis in axes:
         axis.set(xticks=[], yticks=[], visible=axis.has_data())
 
@@ -474,25 +454,22 @@ def draw(path, world, model, attempts, rows):
                   key=lambda a: (a["success"], len(a["task"].oracle)))
     some = [some[i] for i in np.unique(np.linspace(0, len(some) - 1, 4).astype(int)) if some]
     figure = Figure(figsize=(14, 1.9 * len(some) + 4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.9 * len(some) or 0.1, 4))
-    for i, result in enumerate(some):
-        axes = [top.add_subplot(len(some), 2 + FRAMES, i * (2 + FRAMES) + k + 1)
-                for k in range(2 + FRAMES)]
+    parts = figure.subfigures(2, 1, height_ratios=(1.9 * len(some) or 0.1, 4))
+    grid = parts[0].subplots(len(some), 9, squeeze=False) if some else []
+    for axes, result in zip(grid, some):
         draw_task(axes, world, model, result)
-    axis = bottom.subplots()
-    for row, style in ((rows[0], "o-"), (rows[-2], "s--")):
+    axis = parts[1].subplots()
+    for row, style, colour in ((rows[0], "o-", BLUE), (rows[-2], "s--", GREY)):
         length, success = np.array([(t["oracle_steps"], t["success"]) for t in row["by_task"]]).T
         bins = length * 8 // (length.max() + 1)
-        parts = [bins == b for b in np.unique(bins)]
-        axis.plot([length[part].mean() for part in parts],
-                  [success[part].mean() for part in parts], style, lw=2, ms=8, label=row["name"],
-                  color=BLUE if row is rows[0] else "#999999")
-    for part in parts:
-        axis.text(length[part].mean(), 1.06, part.sum(), size=13, ha="center", color="#555555")
+        bins = [bins == b for b in np.unique(bins)]
+        axis.plot([length[b].mean() for b in bins], [success[b].mean() for b in bins], style, lw=2,
+                  ms=8, label=row["name"], color=colour)
+    for b in bins:
+        axis.text(length[b].mean(), 1.06, b.sum(), size=13, ha="center", color=GREY)
     axis.set(ylim=(-0.02, 1.13), xlim=(0, None))
     axis.set_xlabel("oracle's path length, actions (on top: how many tasks)", size=13)
     axis.set_ylabel("success rate", size=13)
-    axis.tick_params(labelsize=13)
     axis.legend(fontsize=13, loc="center right")
     figure.savefig(path, dpi=100)
 

@@ -5,18 +5,18 @@
 Reads jepa_world_model.pt beside this script, and reconstruction_world_model.pt if it is there.
 Writes plan.json, every number, and plan.png.
 
-A task is a layout never trained on, a start and a goal drawn from all that can be reached from
-there, doors, keys and boxes included. The planner is shown an image of each and has the model: no
-simulator, no labels, no decoder, no threshold tuned on tasks. It acts until it declares STOP, and a
-task is solved if the real environment then looks like the goal and has the agent in its pose
-(Anderson et al. 2018). The limit is twice the oracle's path plus 10 actions; the oracle is a
-breadth-first search that steps the real simulator.
+A task is a layout never trained on, a start and a goal drawn from all that can be reached, doors,
+keys and boxes included. The planner is shown an image of each and has the model: no simulator, no
+labels, no decoder, no threshold tuned on tasks. It acts until it declares STOP; success is that the
+environment then looks like the goal (Anderson et al. 2018), after at most twice the actions of the
+oracle plus 10. The oracle is a breadth-first search that steps the real simulator.
 """
 
 import json
 import sys
 import time
 from collections import deque, namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +37,13 @@ SEED = 1000          # of the tasks; must differ from the data's, whose layouts 
 MAX_STATES = 5000    # imagined states per search, for memory's sake; FourRooms has about 1,040
 
 HERE = Path(__file__).resolve().parent
+SETTINGS = ("NUM_TASKS", "CONTROL_TASKS", "SEED", "MAX_STATES")
 PICKUP, TOGGLE = 3, 5  # MiniGrid's numbers of these actions
 
 
 def check_settings():
     """Raises CheckpointError, one sentence, at a setting that cannot be used."""
-    for name in ("NUM_TASKS", "CONTROL_TASKS", "SEED", "MAX_STATES"):
+    for name in SETTINGS:
         value, least = globals()[name], int(name != "SEED")
         if type(value) is not int or value < least:
             raise CheckpointError(f"{name} is {value!r}: make it a whole number, {least} or more, "
@@ -92,18 +93,14 @@ def read_images(model, **images):
 def plan_actions(model, obs, goal_obs, max_actions=100):
     """Breadth-first search over imagined latents: the shortest imagined way to the goal's image.
 
-    Every action is imagined from every latent of the frontier, in one batch. What is one state with
-    an earlier one is dropped, so no-ops, blocked moves and detours drop out, and a world of 1,000
-    poses is searched whole. A state that ends the episode leads back to itself in the data, so no
-    way leads across it.
+    Every action is imagined from every latent of the frontier, in one batch, and what is one state
+    with an earlier one is dropped: no-ops, blocked moves and detours. A state that ends the episode
+    leads back to itself in the data, so no way leads across it.
 
-    Args:
-        obs, goal_obs: (3, H, W) float in [0, 1], what the environment shows now and at the goal.
-        max_actions: longest plan.
+    obs, goal_obs: (3, H, W) float in [0, 1], what the environment shows now and at the goal.
 
-    Returns: Plan, a list of action numbers with `met`; empty and met where obs shows the goal
-        already. If the goal was not met, the way to the state most similar to it.
-
+    Returns: Plan, a list of at most `max_actions` action numbers, empty and met where obs shows the
+        goal already. If the goal was not met, the way to the state most similar to it.
     Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode.
     """
     images, same = read_images(model, obs=obs, goal_obs=goal_obs), model.same_state.item()
@@ -332,19 +329,17 @@ def spl(successes, shortest, taken):
 
 
 # ------------------------------------------------------------------------------ 3. the comparison
-def random_policy(model, actions):
+@torch.no_grad()
+def wander(model, actions, task, obs, goal_obs, step):
     """`actions` with equal odds, and STOP where the model takes what is seen for the goal: a
     control of the search alone."""
-    @torch.no_grad()
-    def policy(task, obs, goal_obs, step):
-        rng = np.random.default_rng((SEED, task.number))
-        goal = model.encode_target(read_images(model, goal_obs=goal_obs))
-        while obs is not None:
-            if same_state(model, model.encode_target(read_images(model, obs=obs)), goal):
-                return True, [], []
-            obs = step(int(rng.choice(actions)))
-        return False, [], []
-    return policy
+    rng = np.random.default_rng((SEED, task.number))
+    goal = model.encode_target(read_images(model, goal_obs=goal_obs))
+    while obs is not None:
+        if same_state(model, model.encode_target(read_images(model, obs=obs)), goal):
+            break
+        obs = step(int(rng.choice(actions)))
+    return obs is not None, [], []
 
 
 def oracle_policy(task, obs, goal_obs, step):
@@ -360,13 +355,11 @@ def summarise(name, attempts):
     success, steps, shortest = ([t[key] for t in by_task]
                                 for key in ("success", "steps", "oracle_steps"))
     decisions = [s for a in attempts for s in a["seconds"]]
-    return {
-        "name": name, "tasks": len(attempts), "successes": sum(success),
-        "success_rate": float(np.mean(success)), "spl": spl(success, shortest, steps),
-        "mean_steps": float(np.mean(steps)), "mean_oracle_steps": float(np.mean(shortest)),
-        "seconds_per_decision": float(np.mean(decisions)) if decisions else None,
-        "by_task": by_task,
-    }
+    return {"name": name, "tasks": len(attempts), "successes": sum(success),
+            "success_rate": float(np.mean(success)), "spl": spl(success, shortest, steps),
+            "mean_steps": float(np.mean(steps)), "mean_oracle_steps": float(np.mean(shortest)),
+            "seconds_per_decision": float(np.mean(decisions)) if decisions else None,
+            "by_task": by_task}
 
 
 def compare(world, models):
@@ -385,7 +378,7 @@ def compare(world, models):
         **{f"{name}, search": (search(model), few) for name, model in list(models.items())[1:]},
         "JEPA, CEM": (search(jepa, plan_with_cem), few),
         "untrained, search": (search(untrained), few),
-        "random policy": (random_policy(jepa, useful), tasks),
+        "random policy": (partial(wander, jepa, useful), tasks),
         "oracle of one future" if world.random else "oracle": (oracle_policy, tasks),
     }
     attempts = {name: [attempt(world, task, policy) for task in tqdm(some, name, leave=False)]
@@ -439,8 +432,8 @@ def draw_task(axes, world, model, result):
     for axis, (title, image, pose) in zip(axes, shown):
         axis.imshow(image)
         axis.set_title(title, size=13)
-        x, y = ((c + 0.5) * tile - 0.5 for c in pose[:2])  # a ring, as the agent is a few pixels
-        axis.plot(x, y, "o", ms=13, mfc="none", mec=ORANGE, mew=2)
+        x, y = ((c + 0.5) * tile - 0.5 for c in pose[:2])
+        axis.plot(x, y, "o", ms=13, mfc="none", mec=ORANGE, mew=2)  # the agent is a few pixels
     axes[0].plot(*((np.array(result["trace"])[:, :2].T + 0.5) * tile - 0.5), color=ORANGE, lw=2)
     axes[0].set_ylabel(f"{'solved' if result['success'] else 'FAILED'}\n{result['steps']} actions\n"
                        f"(oracle {len(task.oracle)})", size=13)
@@ -467,10 +460,9 @@ def draw(path, world, model, attempts, rows):
                   ms=8, label=row["name"], color=colour)
     for b in bins:
         axis.text(length[b].mean(), 1.06, b.sum(), size=13, ha="center", color=GREY)
-    axis.set(ylim=(-0.02, 1.13), xlim=(0, None))
-    axis.set_xlabel("oracle's path length, actions (on top: how many tasks)", size=13)
-    axis.set_ylabel("success rate", size=13)
-    axis.legend(fontsize=13, loc="center right")
+    axis.set(ylim=(-0.02, 1.13), xlim=(0, None), ylabel="success rate",
+             xlabel="oracle's path length, actions (on top: how many tasks)")
+    axis.legend(loc="center right")
     figure.savefig(path, dpi=100)
 
 
@@ -492,12 +484,12 @@ def prepare():
             raise CheckpointError(f"SEED is {SEED}, the seed of the training data: change it in "
                                   "plan_with_jepa.py, or the layouts are not held out")
         world = world or World(its["env_id"], its["tile_size"])
-        want = (*model.arguments["image_size"], model.arguments["num_actions"], its["env_id"])
-        have = (*world.image().shape[:2], world.num_actions, world.env_id)
+        want, have = ("{}x{} images and {} actions of {}".format(*some) for some in (
+            (*model.arguments["image_size"], model.arguments["num_actions"], its["env_id"]),
+            (*world.image().shape[:2], world.num_actions, world.env_id)))
         if want != have:
-            says = "{}x{} images and {} actions of {}"
-            raise CheckpointError(f"{path} is for {says.format(*want)}, and {says.format(*have)} "
-                                  "are wanted: run python3 train_jepa.py")
+            raise CheckpointError(f"{path} is for {want}, and {have} are wanted: run python3 "
+                                  "train_jepa.py")
         models[name] = model.to(pick_device())
     return world, models
 
@@ -507,12 +499,9 @@ def main():
         world, models = prepare()
         attempts, rows = compare(world, models)
         print_table(world, rows)
-        report = {
-            "env_id": world.env_id, "random": world.random,
-            "settings": {"NUM_TASKS": NUM_TASKS, "CONTROL_TASKS": CONTROL_TASKS, "SEED": SEED,
-                         "MAX_STATES": MAX_STATES},
-            "device": str(pick_device()), "threads": torch.get_num_threads(), "rows": rows,
-        }
+        settings = {name: globals()[name] for name in SETTINGS}
+        report = {"env_id": world.env_id, "random": world.random, "settings": settings,
+                  "device": str(pick_device()), "threads": torch.get_num_threads(), "rows": rows}
         text = json.dumps(report, indent=1) + "\n"
         collect.write_atomically(HERE / "plan.json", lambda path: Path(path).write_text(text))
         collect.write_atomically(HERE / "plan.png", lambda path: draw(

@@ -220,7 +220,9 @@ def test_oracle_fetches_the_key_and_opens_the_door():
     world = World("MiniGrid-DoorKey-5x5-v0", 8)
     world.reset(3)
     door = next(i for i, o in enumerate(world.inner.grid.grid) if o and o.type == "door") % 5
-    walking, tree = reach(world, walking=True), reach(world)
+    walking = reach(world, walking=True)
+    world.reset(3)
+    tree = reach(world)
     paths = []
     for path, saved in tree.values():
         world.restore(saved)
@@ -232,14 +234,14 @@ def test_oracle_fetches_the_key_and_opens_the_door():
     assert world.pose()[0] > door
 
 
-@pytest.mark.parametrize("env_id", ["MiniGrid-FourRooms-v0", "MiniGrid-DoorKey-6x6-v0",
-                                    "tests.my_worlds:Painted-v0"])
-def test_tasks_are_reproducible_and_solved_by_the_oracle(env_id):
+@pytest.mark.parametrize("env_id, count", [
+    ("MiniGrid-FourRooms-v0", 3), ("MiniGrid-DoorKey-6x6-v0", 3), ("tests.my_worlds:Painted-v0", 1)])
+def test_tasks_are_reproducible_and_solved_by_the_oracle(env_id, count):
     world = World(env_id, 4)
-    tasks = [make_task(world, n) for n in range(3)]
-    again = make_task(world, 1)
-    assert again[:3] == tasks[1][:3] and again.oracle == tasks[1].oracle
-    assert (again.goal_image == tasks[1].goal_image).all() and not world.random
+    tasks = [make_task(world, n) for n in range(count)]
+    again = make_task(world, 0)
+    assert again[:3] == tasks[0][:3] and again.oracle == tasks[0].oracle
+    assert (again.goal_image == tasks[0].goal_image).all() and not world.random
     for task in tasks:
         done = attempt(world, task, plan.oracle_policy)
         assert done["success"] and done["steps"] == len(task.oracle) > 0

@@ -5,18 +5,18 @@
 Reads jepa_world_model.pt beside this script, and reconstruction_world_model.pt if it is there.
 Writes plan.json, every number, and plan.png.
 
-A task is a layout never trained on, a start and a goal drawn from all that can be reached from
-there, doors, keys and boxes included. The planner is shown an image of each and has the model: no
-simulator, no labels, no decoder, no threshold tuned on tasks. It acts until it declares STOP, and a
-task is solved if the real environment then looks like the goal and has the agent in its pose
-(Anderson et al. 2018). The limit is twice the oracle's path plus 10 actions; the oracle is a
-breadth-first search that steps the real simulator.
+A task is a layout never trained on, a start and a goal drawn from all that can be reached, doors,
+keys and boxes included. The planner is shown an image of each and has the model: no simulator, no
+labels, no decoder, no threshold tuned on tasks. It acts until it declares STOP; success is that the
+environment then looks like the goal (Anderson et al. 2018), after at most twice the actions of the
+oracle plus 10. The oracle is a breadth-first search that steps the real simulator.
 """
 
 import json
 import sys
 import time
 from collections import deque, namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +37,13 @@ SEED = 1000          # of the tasks; must differ from the data's, whose layouts 
 MAX_STATES = 5000    # imagined states per search, for memory's sake; FourRooms has about 1,040
 
 HERE = Path(__file__).resolve().parent
+SETTINGS = ("NUM_TASKS", "CONTROL_TASKS", "SEED", "MAX_STATES")
 PICKUP, TOGGLE = 3, 5  # MiniGrid's numbers of these actions
 
 
 def check_settings():
     """Raises CheckpointError, one sentence, at a setting that cannot be used."""
-    for name in ("NUM_TASKS", "CONTROL_TASKS", "SEED", "MAX_STATES"):
+    for name in SETTINGS:
         value, least = globals()[name], int(name != "SEED")
         if type(value) is not int or value < least:
             raise CheckpointError(f"{name} is {value!r}: make it a whole number, {least} or more, "
@@ -92,18 +93,14 @@ def read_images(model, **images):
 def plan_actions(model, obs, goal_obs, max_actions=100):
     """Breadth-first search over imagined latents: the shortest imagined way to the goal's image.
 
-    Every action is imagined from every latent of the frontier, in one batch. What is one state with
-    an earlier one is dropped, so no-ops, blocked moves and detours drop out, and a world of 1,000
-    poses is searched whole. A state that ends the episode leads back to itself in the data, so no
-    way leads across it.
+    Every action is imagined from every latent of the frontier, in one batch, and what is one state
+    with an earlier one is dropped: no-ops, blocked moves and detours. A state that ends the episode
+    leads back to itself in the data, so no way leads across it.
 
-    Args:
-        obs, goal_obs: (3, H, W) float in [0, 1], what the environment shows now and at the goal.
-        max_actions: longest plan.
+    obs, goal_obs: (3, H, W) float in [0, 1], what the environment shows now and at the goal.
 
-    Returns: Plan, a list of action numbers with `met`; empty and met where obs shows the goal
-        already. If the goal was not met, the way to the state most similar to it.
-
+    Returns: Plan, a list of at most `max_actions` action numbers, empty and met where obs shows the
+        goal already. If the goal was not met, the way to the state most similar to it.
     Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode.
     """
     images, same = read_images(model, obs=obs, goal_obs=goal_obs), model.same_state.item()
@@ -135,11 +132,10 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
 @torch.no_grad()
 def plan_with_cem(model, obs, goal_obs, max_actions=20):
     """Categorical cross-entropy method, for comparison: same contract as plan_actions, but at most
-    20 actions.
+    20 actions (Rubinstein 1999; for planning in latents e.g. Hafner et al. 2019).
 
     Samples action sequences from independent categoricals, one per step; refits them to the tenth
-    whose imagined latents come nearest to the goal at any step. (Rubinstein 1999; for planning in
-    latents e.g. Hafner et al. 2019.) Returns the best sequence up to its nearest step.
+    whose imagined latents come nearest to the goal; returns the best up to its nearest step.
     """
     images, samples, horizon = read_images(model, obs=obs, goal_obs=goal_obs), 256, 20
     here, goal = moving_part(model, model.encode_target(images))
@@ -165,13 +161,10 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
 @torch.no_grad()
 def follow(model, planner, obs, goal_obs, step, anew=False):
     """Plan, act, look. STOP at the end of a plan that met the goal, if all that was seen is what
-    was imagined, and where there is nothing to do; else plan again.
+    was imagined, and at an empty plan; else plan again.
 
-    Args:
-        planner: plan_actions or plan_with_cem.
-        step: step(action) acts in the real environment and returns the next image (3, H, W), or
-            None when the episode is over.
-        anew: plan after every action, with no memory of earlier plans.
+    step(action) acts in the real environment and returns the next image (3, H, W), or None when the
+    episode is over. anew: plan after every action, with no memory of earlier plans.
 
     Returns: whether STOP was declared, what was imagined, one latent (D,) per action, and the
         seconds of each decision.
@@ -208,9 +201,11 @@ class World:
         self.env, self.inner, self.num_actions = env, env.unwrapped, int(env.action_space.n)
         self.random = self.is_random()
 
-    def reset(self, number):
-        """To the beginning of layout `number` of SEED."""
+    def reset(self, number, pose=None):
+        """To the beginning of layout `number` of SEED, or a pose in it."""
         self.env.reset(seed=collect.env_seed(SEED, number))
+        if pose:
+            self.inner.agent_pos, self.inner.agent_dir = pose[:2], pose[2]
         self.recorder, self.things = collect.Recorder(), []
         left = list(self.inner.grid.grid)
         while left:  # doors and whatever else may change in place, and what boxes hold
@@ -219,19 +214,12 @@ class World:
                 self.things.append(thing)
                 left.append(thing.contains)
 
-    def step(self, action):
-        """-> whether the episode has ended. Time limits count for nothing here."""
-        return self.env.step(action)[2]
-
     def image(self):
         """(H, W, 3) uint8, as RGBImgObsWrapper shows it."""
         return self.inner.get_frame(highlight=self.inner.highlight, tile_size=self.tile_size)
 
     def pose(self):
         return (*map(int, self.inner.agent_pos), int(self.inner.agent_dir))
-
-    def place(self, pose):
-        self.inner.agent_pos, self.inner.agent_dir = pose[:2], pose[2]
 
     def key(self):
         """(Number of the state that is shown: grid, position and direction; type and colour of
@@ -259,7 +247,7 @@ class World:
             for draw in range(4):
                 self.restore(saved)
                 self.inner.np_random = np.random.default_rng(draw)
-                self.step(action)
+                self.env.step(action)
                 ends.add(self.key())
             if len(ends) > 1:
                 return True
@@ -279,7 +267,7 @@ def reach(world, walking=False, most=10_000):
         path, saved = tree[queue.popleft()]
         for action in range(world.num_actions):
             world.restore(saved)
-            ended, key = world.step(action), world.key()
+            ended, key = world.env.step(action)[2], world.key()
             other = walking and (world.recorder.grid, key[1]) != (grid, start[1])
             if not ended and not other and key not in tree:
                 tree[key] = [*path, action], world.save()
@@ -311,7 +299,7 @@ def make_task(world, number):
 
 
 def to_image(frame):
-    return to_float(torch.from_numpy(frame).permute(2, 0, 1))
+    return to_float(torch.from_numpy(frame).movedim(-1, -3))
 
 
 def attempt(world, task, policy):
@@ -320,13 +308,12 @@ def attempt(world, task, policy):
     def step(action):
         if len(frames) > 2 * len(task.oracle) + 10:
             return None
-        ended = world.step(action)
+        ended = world.env.step(action)[2]  # time limits count for nothing here
         trace.append(world.pose())
         frames.append(world.image())
         return None if ended else to_image(frames[-1])
 
-    world.reset(task.number)
-    world.place(task.start)
+    world.reset(task.number, task.start)
     trace, frames = [task.start], [world.image()]
     stopped, *result = policy(task, to_image(frames[0]), to_image(task.goal_image), step)
     there = world.random or np.array_equal(frames[-1], task.goal_image)
@@ -342,25 +329,22 @@ def spl(successes, shortest, taken):
 
 
 # ------------------------------------------------------------------------------ 3. the comparison
-def random_policy(model, actions):
+@torch.no_grad()
+def wander(model, actions, task, obs, goal_obs, step):
     """`actions` with equal odds, and STOP where the model takes what is seen for the goal: a
     control of the search alone."""
-    @torch.no_grad()
-    def policy(task, obs, goal_obs, step):
-        rng = np.random.default_rng((SEED, task.number))
-        goal = model.encode_target(read_images(model, goal_obs=goal_obs))
-        while obs is not None:
-            if same_state(model, model.encode_target(read_images(model, obs=obs)), goal):
-                return True, [], []
-            obs = step(int(rng.choice(actions)))
-        return False, [], []
-    return policy
+    rng = np.random.default_rng((SEED, task.number))
+    goal = model.encode_target(read_images(model, goal_obs=goal_obs))
+    while obs is not None:
+        if same_state(model, model.encode_target(read_images(model, obs=obs)), goal):
+            break
+        obs = step(int(rng.choice(actions)))
+    return obs is not None, [], []
 
 
 def oracle_policy(task, obs, goal_obs, step):
     """Takes the oracle's path: its row checks the oracle for real."""
-    ends = [step(action) is None for action in task.oracle]
-    return not any(ends), [], []
+    return all(step(action) is not None for action in task.oracle), [], []
 
 
 def summarise(name, attempts):
@@ -371,13 +355,11 @@ def summarise(name, attempts):
     success, steps, shortest = ([t[key] for t in by_task]
                                 for key in ("success", "steps", "oracle_steps"))
     decisions = [s for a in attempts for s in a["seconds"]]
-    return {
-        "name": name, "tasks": len(attempts), "successes": sum(success),
-        "success_rate": float(np.mean(success)), "spl": spl(success, shortest, steps),
-        "mean_steps": float(np.mean(steps)), "mean_oracle_steps": float(np.mean(shortest)),
-        "seconds_per_decision": float(np.mean(decisions)) if decisions else None,
-        "by_task": by_task,
-    }
+    return {"name": name, "tasks": len(attempts), "successes": sum(success),
+            "success_rate": float(np.mean(success)), "spl": spl(success, shortest, steps),
+            "mean_steps": float(np.mean(steps)), "mean_oracle_steps": float(np.mean(shortest)),
+            "seconds_per_decision": float(np.mean(decisions)) if decisions else None,
+            "by_task": by_task}
 
 
 def compare(world, models):
@@ -396,7 +378,7 @@ def compare(world, models):
         **{f"{name}, search": (search(model), few) for name, model in list(models.items())[1:]},
         "JEPA, CEM": (search(jepa, plan_with_cem), few),
         "untrained, search": (search(untrained), few),
-        "random policy": (random_policy(jepa, useful), tasks),
+        "random policy": (partial(wander, jepa, useful), tasks),
         "oracle of one future" if world.random else "oracle": (oracle_policy, tasks),
     }
     attempts = {name: [attempt(world, task, policy) for task in tqdm(some, name, leave=False)]
@@ -422,48 +404,39 @@ def print_table(world, rows):
 
 
 # ------------ 4. the picture; only here is the simulator asked what an imagined latent looks like
-FRAMES = 7                                              # imagined frames per task
-BLUE, ORANGE, RED = "#0072B2", "#E69F00", "#D55E00"     # told apart by colour-blind readers
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"  # told apart by colour-blind readers
+
+
+def nearest_frames(world, model, latents):
+    """Latents (N, D) -> [(image, pose), ...]: those states that can be reached from here whose
+    target latents are nearest to them."""
+    reach(world)
+    images = collect.pixels(*collect.render_frames(world.recorder, world.tile_size))
+    targets = torch.cat([model.encode_target(to_image(some).to(latents.device))
+                         for some in np.array_split(images, -(-len(images) // 256))])   # (K, D)
+    poses = [key[1:4] for key in world.recorder.states]
+    return [(images[i], poses[i]) for i in (latents @ targets.T).argmax(1).tolist()]
 
 
 @torch.no_grad()
-def nearest_frames(world, model, latents):
-    """Latents (D,) -> [(image, pose), ...]: those states that can be reached from here whose target
-    latents are nearest to them."""
-    reach(world)
-    images = collect.pixels(*collect.render_frames(world.recorder, world.tile_size))
-    poses = [key[1:4] for key in world.recorder.states]
-    frames = torch.from_numpy(images).permute(0, 3, 1, 2)               # (K, 3, H, W) uint8
-    targets = torch.cat([model.encode_target(to_float(some.to(latents[0].device)))
-                         for some in frames.split(256)])                # (K, D)
-    nearest = (torch.stack(latents) @ targets.T).argmax(1).tolist()
-    return [(images[i], poses[i]) for i in nearest]
-
-
-def draw_frame(axis, image, pose, tile_size, title, colour=ORANGE):
-    """An image and, since the agent is a few pixels, a ring around it."""
-    axis.imshow(image)
-    x, y = ((c + 0.5) * tile_size - 0.5 for c in pose[:2])
-    axis.plot(x, y, "o", ms=13, mfc="none", mec=colour, mew=2)
-    axis.set_title(title, size=13)
-
-
 def draw_task(axes, world, model, result):
     """One row of the picture: start and the path taken, goal image, and what was imagined."""
     task, tile, latents = result["task"], world.tile_size, result["imagined"]
-    world.reset(task.number)
-    world.place(task.start)
-    draw_frame(axes[0], world.image(), task.start, tile, "start, path taken")
+    world.reset(task.number, task.start)
+    shown = [("start, path taken", world.image(), task.start), ("goal", task.goal_image, task.goal)]
+    steps = np.unique(np.linspace(1, len(latents), len(axes) - 2).round().astype(int))
+    frames = nearest_frames(world, model, torch.stack(latents)[steps - 1])
+    for n, (image, pose) in zip(steps, frames):
+        right = hash(image.tobytes()) == result["looks"][n]
+        shown.append((f"imagined {n}" if right else f"{n}: mistaken", image, pose))
+    for axis, (title, image, pose) in zip(axes, shown):
+        axis.imshow(image)
+        axis.set_title(title, size=13)
+        x, y = ((c + 0.5) * tile - 0.5 for c in pose[:2])
+        axis.plot(x, y, "o", ms=13, mfc="none", mec=ORANGE, mew=2)  # the agent is a few pixels
     axes[0].plot(*((np.array(result["trace"])[:, :2].T + 0.5) * tile - 0.5), color=ORANGE, lw=2)
     axes[0].set_ylabel(f"{'solved' if result['success'] else 'FAILED'}\n{result['steps']} actions\n"
                        f"(oracle {len(task.oracle)})", size=13)
-    draw_frame(axes[1], task.goal_image, task.goal, tile, "goal image")
-    steps = np.unique(np.linspace(1, len(latents), FRAMES).round().astype(int))
-    frames = nearest_frames(world, model, [latents[n - 1] for n in steps])
-    for axis, n, (image, pose) in zip(axes[2:], steps, frames):
-        right = hash(image.tobytes()) == result["looks"][n]
-        draw_frame(axis, image, pose, tile, f"imagined {n}" if right else f"{n}: mistaken",
-                   ORANGE if right else RED)
     for axis in axes:
         axis.set(xticks=[], yticks=[], visible=axis.has_data())
 
@@ -474,26 +447,22 @@ def draw(path, world, model, attempts, rows):
                   key=lambda a: (a["success"], len(a["task"].oracle)))
     some = [some[i] for i in np.unique(np.linspace(0, len(some) - 1, 4).astype(int)) if some]
     figure = Figure(figsize=(14, 1.9 * len(some) + 4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.9 * len(some) or 0.1, 4))
-    for i, result in enumerate(some):
-        axes = [top.add_subplot(len(some), 2 + FRAMES, i * (2 + FRAMES) + k + 1)
-                for k in range(2 + FRAMES)]
+    parts = figure.subfigures(2, 1, height_ratios=(1.9 * len(some) or 0.1, 4))
+    grid = parts[0].subplots(len(some), 9, squeeze=False) if some else []
+    for axes, result in zip(grid, some):
         draw_task(axes, world, model, result)
-    axis = bottom.subplots()
-    for row, style in ((rows[0], "o-"), (rows[-2], "s--")):
+    axis = parts[1].subplots()
+    for row, style, colour in ((rows[0], "o-", BLUE), (rows[-2], "s--", GREY)):
         length, success = np.array([(t["oracle_steps"], t["success"]) for t in row["by_task"]]).T
         bins = length * 8 // (length.max() + 1)
-        parts = [bins == b for b in np.unique(bins)]
-        axis.plot([length[part].mean() for part in parts],
-                  [success[part].mean() for part in parts], style, lw=2, ms=8, label=row["name"],
-                  color=BLUE if row is rows[0] else "#999999")
-    for part in parts:
-        axis.text(length[part].mean(), 1.06, part.sum(), size=13, ha="center", color="#555555")
-    axis.set(ylim=(-0.02, 1.13), xlim=(0, None))
-    axis.set_xlabel("oracle's path length, actions (on top: how many tasks)", size=13)
-    axis.set_ylabel("success rate", size=13)
-    axis.tick_params(labelsize=13)
-    axis.legend(fontsize=13, loc="center right")
+        bins = [bins == b for b in np.unique(bins)]
+        axis.plot([length[b].mean() for b in bins], [success[b].mean() for b in bins], style, lw=2,
+                  ms=8, label=row["name"], color=colour)
+    for b in bins:
+        axis.text(length[b].mean(), 1.06, b.sum(), size=13, ha="center", color=GREY)
+    axis.set(ylim=(-0.02, 1.13), xlim=(0, None), ylabel="success rate",
+             xlabel="oracle's path length, actions (on top: how many tasks)")
+    axis.legend(loc="center right")
     figure.savefig(path, dpi=100)
 
 
@@ -515,12 +484,12 @@ def prepare():
             raise CheckpointError(f"SEED is {SEED}, the seed of the training data: change it in "
                                   "plan_with_jepa.py, or the layouts are not held out")
         world = world or World(its["env_id"], its["tile_size"])
-        want = (*model.arguments["image_size"], model.arguments["num_actions"], its["env_id"])
-        have = (*world.image().shape[:2], world.num_actions, world.env_id)
+        want, have = ("{}x{} images and {} actions of {}".format(*some) for some in (
+            (*model.arguments["image_size"], model.arguments["num_actions"], its["env_id"]),
+            (*world.image().shape[:2], world.num_actions, world.env_id)))
         if want != have:
-            says = "{}x{} images and {} actions of {}"
-            raise CheckpointError(f"{path} is for {says.format(*want)}, and {says.format(*have)} "
-                                  "are wanted: run python3 train_jepa.py")
+            raise CheckpointError(f"{path} is for {want}, and {have} are wanted: run python3 "
+                                  "train_jepa.py")
         models[name] = model.to(pick_device())
     return world, models
 
@@ -530,12 +499,9 @@ def main():
         world, models = prepare()
         attempts, rows = compare(world, models)
         print_table(world, rows)
-        report = {
-            "env_id": world.env_id, "random": world.random,
-            "settings": {"NUM_TASKS": NUM_TASKS, "CONTROL_TASKS": CONTROL_TASKS, "SEED": SEED,
-                         "MAX_STATES": MAX_STATES},
-            "device": str(pick_device()), "threads": torch.get_num_threads(), "rows": rows,
-        }
+        settings = {name: globals()[name] for name in SETTINGS}
+        report = {"env_id": world.env_id, "random": world.random, "settings": settings,
+                  "device": str(pick_device()), "threads": torch.get_num_threads(), "rows": rows}
         text = json.dumps(report, indent=1) + "\n"
         collect.write_atomically(HERE / "plan.json", lambda path: Path(path).write_text(text))
         collect.write_atomically(HERE / "plan.png", lambda path: draw(

@@ -1,4 +1,4 @@
-"""plan_with_jepa.py: the planner against an exact model, the oracle, and a whole tiny run."""
+"""plan_with_jepa.py: the planner in an exact world, the oracle, STOP, and a whole tiny run."""
 
 import json
 import subprocess
@@ -7,13 +7,12 @@ from collections import deque
 
 import pytest
 import torch
-from minigrid.core.world_object import Goal
 from minigrid.minigrid_env import MiniGridEnv
 
-import collect_minigrid_data
 import plan_with_jepa as plan
-import train_jepa
-from plan_with_jepa import follow, oracle_path, oracle_tree, place, plan_actions, pose_of, spl
+from plan_with_jepa import World, attempt, follow, make_task, plan_actions, reach, spl
+from tests.conftest import REST
+from world_model_jepa import CheckpointError, JEPAWorldModel, save_checkpoint
 
 MAZE = ("#######",
         "#..#..#",
@@ -34,11 +33,13 @@ class ExactModel(torch.nn.Module):
     def __init__(self, maze=MAZE, noise=0.0):
         super().__init__()
         self.maze, self.noise = maze, torch.nn.Parameter(torch.tensor(noise))
-        self.arguments = {"num_actions": 7}
+        size = (len(maze), len(maze[0]))
+        self.arguments = {"num_actions": 7, "in_channels": 3, "image_size": size}
+        self.same_state = torch.tensor(0.9)
         self.poses = [(x, y, d) for y, row in enumerate(maze) for x, c in enumerate(row)
                       if c == "." for d in range(4)]
         self.index = {pose: i for i, pose in enumerate(self.poses)}
-        self.moving_dim = len(self.poses)  # no still part
+        self.moving_dim = len(self.poses)  # no static part
 
     def image(self, pose):
         image = torch.zeros(3, len(self.maze), len(self.maze))
@@ -63,9 +64,6 @@ class ExactModel(torch.nn.Module):
 
     encode_target = encode
 
-    def predict_end(self, z):
-        return torch.zeros(len(z))
-
     def predict_next(self, z, action):
         shape = torch.broadcast_shapes(z.shape[:-1], action.shape)
         z, action = z.expand(*shape, -1).flatten(0, -2), action.expand(shape).flatten()
@@ -89,6 +87,10 @@ class ExactModel(torch.nn.Module):
         return pose
 
 
+def images(model, start, goal):
+    return model.image(start), model.image(goal)
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_plans_are_shortest_paths(noise, monkeypatch):
     for name in ("reset", "step", "get_frame"):  # the planner has two images and the model only
@@ -96,143 +98,171 @@ def test_plans_are_shortest_paths(noise, monkeypatch):
     torch.manual_seed(0)
     model, start = ExactModel(noise=noise), (1, 1, 2)
     distances = model.distances(start)
-    assert max(distances.values()) > 12
+    assert max(distances.values()) > 12  # round the wall
     for goal in list(distances)[1::5]:
-        actions = plan_actions(model, model.image(start), model.image(goal))
-        assert model.run(start, actions) == goal
+        actions = plan_actions(model, *images(model, start, goal))
+        assert model.run(start, actions) == goal and actions.met
         assert len(actions) == distances[goal]
         assert all(type(a) is int for a in actions)
 
 
 def test_already_there_needs_no_action():
     model = ExactModel()
-    assert plan_actions(model, model.image((2, 1, 3)), model.image((2, 1, 3))) == []
+    for planner in (plan_actions, plan.plan_with_cem):
+        actions = planner(model, *images(model, (2, 1, 3), (2, 1, 3)))
+        assert actions == [] and actions.met is True
 
 
-@pytest.mark.parametrize("goal", [(5, 5, 0), (5, 1, 0)])
-def test_a_goal_out_of_reach_ends_the_search(goal):
+def test_a_goal_out_of_reach_is_not_met():
     model = ExactModel()
-    assert len(plan_actions(model, model.image((1, 1, 0)), model.image(goal), max_actions=4)) <= 4
+    assert not plan_actions(model, *images(model, (1, 1, 0), (5, 5, 0))).met     # walled in
+    far = images(model, (1, 1, 0), (5, 1, 0))
+    shortest = len(plan_actions(model, *far))
+    assert plan_actions(model, *far, max_actions=shortest).met
+    near = plan_actions(model, *far, max_actions=shortest - 1)
+    assert not near.met and len(near) < shortest
+    assert not plan_actions(model, *far, max_actions=0).met
 
 
 def test_the_number_of_imagined_states_is_bounded(monkeypatch):
     monkeypatch.setattr(plan, "MAX_STATES", 10)
-    model = ExactModel()
-    asked = []
+    model, asked = ExactModel(), []
     monkeypatch.setattr(ExactModel, "predict_next", lambda self, z, a, real=ExactModel.predict_next:
                         asked.append(len(z)) or real(self, z, a))
-    plan_actions(model, model.image((1, 1, 0)), model.image((5, 5, 0)))
-    assert sum(asked[3:]) <= 10 * 7  # the first three calls set the threshold
+    assert not plan_actions(model, *images(model, (1, 1, 0), (5, 1, 0))).met
+    assert sum(asked) <= 10
 
 
-def test_experience_replaces_imagination():
-    """The model imagines a hole at (3, 2); a real step that was blocked there is believed."""
-    model = ExactModel(tuple(r if y != 2 else "#.....#" for y, r in enumerate(MAZE)))
-    start, goal = (2, 2, 0), (4, 2, 0)
-    obs, goal_obs = model.image(start), model.image(goal)
-    assert plan_actions(model, obs, goal_obs) == [2, 2]
-    here = model.latents([start])[0]
-    way_round = plan_actions(model, obs, goal_obs, experience=[(here, 2, here)])
-    assert len(way_round) > 2 and way_round[0] != 2
-    assert model.run(start, way_round) == goal
+@pytest.mark.parametrize("image, error, says", [
+    (torch.zeros(3, 7, 7, dtype=torch.uint8), TypeError, "torch.uint8"),
+    (torch.zeros(3, 7, 7).numpy(), TypeError, "float32"),
+    (None, TypeError, "NoneType"),
+    (torch.full((3, 7, 7), float("nan")), ValueError, "nan"),
+    (torch.full((3, 7, 7), 255.0), ValueError, "255"),
+    (torch.zeros(3, 8, 7), ValueError, "8, 7"),
+    (torch.zeros(1, 3, 7, 7), ValueError, "1, 3, 7, 7"),
+])
+def test_wrong_images_are_refused(image, error, says):
+    model = ExactModel()
+    good = model.image((1, 1, 0))
+    for planner in (plan_actions, plan.plan_with_cem):
+        with pytest.raises(error, match=f"obs is|obs has.*{says}"):
+            planner(model, image, good)
+        with pytest.raises(error, match=r"goal_obs .*\(3, 7, 7\) in \[0, 1\] is wanted"):
+            planner(model, good, image)
 
 
-def test_a_mistaken_model_still_arrives():
-    """Acting in the true maze with a model that imagines a hole in its wall."""
-    world = ExactModel()
-    model = ExactModel(tuple(r if y != 1 else "#.....#" for y, r in enumerate(MAZE)))
-    trace, goal = [(1, 1, 0)], (4, 1, 0)
+def act(model, world, start, goal, limit=40, **options):
+    """follow `model` in `world` -> poses, and what follow gave."""
+    trace = [start]
 
     def step(action):
+        if len(trace) > limit:
+            return None
         trace.append(world.after(trace[-1], action))
-        return None if trace[-1] == goal else model.image(trace[-1])
+        return model.image(trace[-1])
 
-    images = model.image(trace[0]), model.image(goal)
-    imagined, seconds = follow(model, plan_actions, *images, step, 40)
-    assert trace[-1] == goal
-    assert len(imagined) == len(trace) - 1
-    assert len(seconds) == 2  # planned once, saw that it was wrong, planned once more
+    return trace, *follow(model, plan_actions, *images(model, start, goal), step, **options)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_acting_stops_at_the_goal(anew):
+    model, goal = ExactModel(), (4, 1, 0)
+    trace, stopped, imagined, seconds = act(model, model, (1, 1, 0), goal, anew=anew)
+    shortest = model.distances((1, 1, 0))[goal]
+    assert stopped and trace[-1] == goal and len(trace) - 1 == len(imagined) == shortest
+    assert len(seconds) == (shortest + 1 if anew else 1)
+
+
+def test_acting_plans_again_when_it_sees_something_else():
+    """The first turn has no effect in the real world, as a wheel that slips once."""
+    class Slips(ExactModel):
+        slipped = False
+
+        def after(self, pose, action):
+            if not self.slipped:
+                self.slipped = True
+                return pose
+            return super().after(pose, action)
+
+    trace, stopped, _, seconds = act(ExactModel(), Slips(), (1, 1, 0), (1, 3, 1))
+    assert stopped and trace[-1] == (1, 3, 1) and len(seconds) == 2
 
 
 def test_no_step_is_taken_beyond_the_limit():
-    model, taken = ExactModel(), []
+    class Stuck(ExactModel):
+        def after(self, pose, action):
+            return pose
 
-    def step(action):
-        taken.append(action)
-        return model.image((1, 1, 0))  # a world in which nothing ever moves
-
-    follow(model, plan_actions, model.image((1, 1, 0)), model.image((5, 1, 0)), step, 7)
-    assert len(taken) <= 7
+    trace, stopped, *_ = act(ExactModel(), Stuck(), (1, 1, 0), (5, 1, 0), limit=7)
+    assert not stopped and len(trace) == 8
 
 
 def test_cem_finds_a_near_goal():
     torch.manual_seed(0)
     model = ExactModel()
-    actions = plan.plan_with_cem(model, model.image((1, 1, 0)), model.image((2, 2, 1)), 6)
-    assert model.run((1, 1, 0), actions) == (2, 2, 1)
-
-
-def test_threshold_lies_between_the_two_heaps():
-    """Noise of 0.01 per dim spreads one state's latents; different states are orthogonal."""
-    torch.manual_seed(0)
-    model = ExactModel(noise=0.01)
-    z = model.latents([(1, 1, 0)] * 50)
-    same = plan.same_state(model, z[:1])
-    assert (z @ z.T).min() > same > (z @ model.latents([(1, 2, 0)]).T).max()
-
-
-def empty_room():
-    env = collect_minigrid_data.make_env("MiniGrid-Empty-5x5-v0")
-    env.reset(seed=0)
-    return env
+    actions = plan.plan_with_cem(model, *images(model, (1, 1, 0), (2, 2, 1)), 6)
+    assert model.run((1, 1, 0), actions) == (2, 2, 1) and actions.met
 
 
 def test_oracle_known_answers():
-    env = empty_room()
-    tree = oracle_tree(env, (1, 1, 0))
-    assert oracle_path(tree, (1, 1, 0)) == []
-    assert oracle_path(tree, (3, 1, 0)) == [2, 2]
-    assert oracle_path(tree, (1, 2, 1)) == [1, 2]
-    assert len(oracle_path(tree, (1, 1, 2))) == 2
-    assert len(tree) == 8 * 4  # nine cells but the green one
+    world = World("MiniGrid-Empty-5x5-v0", 8)
+    world.reset(0, (1, 1, 0))
+    paths = {}
+    for path, saved in reach(world).values():
+        world.restore(saved)
+        paths[world.pose()] = path
+    assert paths[1, 1, 0] == [] and paths[3, 1, 0] == [2, 2] and paths[1, 2, 1] == [1, 2]
+    assert len(paths) == 8 * 4  # nine cells but the green one, which ends the episode
 
 
-def test_oracle_goes_round_the_tile_that_ends_the_episode():
-    env = empty_room()
-    env.grid.set(2, 1, Goal())
-    tree = oracle_tree(env, (1, 1, 0))
-    assert not any(pose[:2] == (2, 1) for pose in tree)
-    path = oracle_path(tree, (3, 1, 0))
-    assert len(path) == 8  # right, forward, left, forward, forward, left, forward, right
-    place(env, (1, 1, 0))
-    assert not any([env.step(action)[2] for action in path])
-    assert pose_of(env) == (3, 1, 0)
+def test_oracle_fetches_the_key_and_opens_the_door():
+    world = World("MiniGrid-DoorKey-5x5-v0", 8)
+    world.reset(3)
+    door = next(i for i, o in enumerate(world.inner.grid.grid) if o and o.type == "door") % 5
+    walking = reach(world, walking=True)
+    world.reset(3)
+    tree = reach(world)
+    paths = []
+    for path, saved in tree.values():
+        world.restore(saved)
+        paths += [path] * (world.pose()[0] > door)
+    assert paths and all({plan.PICKUP, plan.TOGGLE} <= set(path) for path in paths)
+    assert len(walking) < len(tree)
+    world.reset(3)
+    assert not any(world.env.step(action)[2] for action in paths[-1])
+    assert world.pose()[0] > door
 
 
-def test_tasks_are_reproducible_and_solvable():
-    env = collect_minigrid_data.make_env("MiniGrid-FourRooms-v0")
-    tasks = [plan.make_task(env, n) for n in range(4)]
-    assert plan.make_task(env, 2) == tasks[2]
-    assert len({(t.start, t.goal) for t in tasks}) == 4
+@pytest.mark.parametrize("env_id, count", [
+    ("MiniGrid-FourRooms-v0", 3), ("MiniGrid-DoorKey-6x6-v0", 3), ("tests.my_worlds:Painted-v0", 1)])
+def test_tasks_are_reproducible_and_solved_by_the_oracle(env_id, count):
+    world = World(env_id, 4)
+    tasks = [make_task(world, n) for n in range(count)]
+    again = make_task(world, 0)
+    assert again[:3] == tasks[0][:3] and again.oracle == tasks[0].oracle
+    assert (again.goal_image == tasks[0].goal_image).all() and not world.random
     for task in tasks:
-        assert task.start != task.goal
-        done = plan.attempt(env, task, plan.follow_oracle(task), plan.blind)
-        assert done["success"] and done["steps"] == len(task.oracle)
+        done = attempt(world, task, plan.oracle_policy)
+        assert done["success"] and done["steps"] == len(task.oracle) > 0
 
 
-def test_the_goal_image_is_what_the_environment_shows_there():
-    env = collect_minigrid_data.make_env("MiniGrid-FourRooms-v0")
-    task, seen = plan.make_task(env, 0), []
+def test_only_a_stop_in_the_goal_is_success():
+    world = World("MiniGrid-Empty-5x5-v0", 4)
+    task = next(t for t in (make_task(world, n) for n in range(9)) if len(t.oracle) > 1)
 
-    def policy(obs, goal_obs, step, max_actions):
-        seen.extend([obs, goal_obs] + [step(a) for a in task.oracle[:-1]])
-        place(env, task.goal)
-        seen.append(plan.image_of(env, 4))
-        return [], []
+    def policy(actions, stop):
+        return lambda task, obs, goal, step: (stop, [step(a) for a in actions] and [], [])
 
-    plan.attempt(env, task, policy, lambda env: plan.image_of(env, 4))
-    assert torch.equal(seen[1], seen[-1])
-    assert not torch.equal(seen[0], seen[1])
+    assert attempt(world, task, policy(task.oracle, True))["success"]
+    assert not attempt(world, task, policy(task.oracle, False))["success"]
+    assert not attempt(world, task, policy(task.oracle[:-1], True))["success"]
+    assert not attempt(world, task, policy([*task.oracle, 0], True))["success"]
+    assert attempt(world, task, policy([6] * 99, True))["steps"] == 2 * len(task.oracle) + 10
+
+
+def test_a_random_world_is_known():
+    assert World("MiniGrid-Dynamic-Obstacles-5x5-v0", 4).random
 
 
 def test_spl_known_answer():
@@ -240,22 +270,26 @@ def test_spl_known_answer():
     assert spl([False], [3], [16]) == 0
 
 
-def test_whole_run(workshop, monkeypatch, capsys):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # far quicker for such small batches where the cores are busy
-    train_jepa.main()
-    monkeypatch.setattr(plan, "HERE", workshop)
-    for name, value in {"NUM_TASKS": 4, "CONTROL_TASKS": 2, "MAX_STATES": 100}.items():
+def save_model(folder, name="jepa", env_id="MiniGrid-Empty-5x5-v0", **metadata):
+    data = {"metadata": {"env_id": env_id, "tile_size": 4, "seed": 0, **metadata}}
+    torch.manual_seed(0)
+    model = JEPAWorldModel(image_size=(20, 20), patch_size=4)
+    model.same_state.fill_(0.999)
+    save_checkpoint(folder / f"{name}_world_model.pt", model, model.state_dict(),
+                    **{**REST, "data": data})
+
+
+def test_whole_run(tmp_path, monkeypatch, capsys):
+    save_model(tmp_path)
+    for name, value in {"HERE": tmp_path, "NUM_TASKS": 4, "CONTROL_TASKS": 2,
+                        "MAX_STATES": 60}.items():
         monkeypatch.setattr(plan, name, value)
     plan.main()
-    torch.set_num_threads(threads)
-    result = json.loads((workshop / "plan.json").read_text())
-    assert result["env_id"] == "MiniGrid-Empty-5x5-v0"
-    assert result["settings"]["NUM_TASKS"] == 4
-    printed = capsys.readouterr().out
+    result, printed = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    assert result["env_id"] == "MiniGrid-Empty-5x5-v0" and result["settings"]["NUM_TASKS"] == 4
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == ["JEPA, search", "JEPA, CEM", "untrained, search", "random policy",
-                          "oracle"]
+    assert list(rows) == ["JEPA, search", "JEPA, search anew", "JEPA, CEM", "untrained, search",
+                          "random policy", "oracle"]
     assert rows["oracle"]["success_rate"] == rows["oracle"]["spl"] == 1
     assert rows["untrained, search"]["tasks"] == 2
     for name, row in rows.items():
@@ -263,10 +297,36 @@ def test_whole_run(workshop, monkeypatch, capsys):
         assert row["spl"] <= row["success_rate"] <= 1
         assert (row["seconds_per_decision"] is None) == (name in ("random policy", "oracle"))
         assert name in printed
-    assert (workshop / "plan.png").stat().st_size > 10_000
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(plan, "SEED", collect_minigrid_data.SEED)  # the layouts of training
-    with pytest.raises(SystemExit, match="error: SEED"):
+
+@pytest.mark.parametrize("name, value", [
+    ("NUM_TASKS", 0), ("NUM_TASKS", 2.0), ("CONTROL_TASKS", True), ("SEED", -1),
+    ("MAX_STATES", "many")])
+def test_settings(name, value, monkeypatch):
+    monkeypatch.setattr(plan, name, value)
+    with pytest.raises(CheckpointError, match=f"{name} is .* in plan_with_jepa.py"):
+        plan.check_settings()
+
+
+@pytest.mark.parametrize("metadata, says", [
+    ({"seed": 1000}, "SEED is 1000"),
+    ({"env_id": "MiniGrid-Empty-8x8-v0"}, "20x20 images .*, and 32x32"),
+    ({"env_id": "NoSuchWorld-v0"}, "NoSuchWorld"),
+])
+def test_checkpoints_that_do_not_fit(metadata, says, tmp_path, monkeypatch):
+    save_model(tmp_path, **metadata)
+    monkeypatch.setattr(plan, "HERE", tmp_path)
+    with pytest.raises(SystemExit, match=f"error: .*{says}"):
+        plan.main()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_data_without_an_environment_name(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "jepa_world_model.pt", model := JEPAWorldModel(image_size=(16, 16)),
+                    model.state_dict(), **{**REST, "data": {"metadata": {}}})
+    monkeypatch.setattr(plan, "HERE", tmp_path)
+    with pytest.raises(SystemExit, match="do not name their environment"):
         plan.main()
 
 
@@ -279,50 +339,3 @@ def test_missing_checkpoint_is_one_sentence(tmp_path):
     assert "Traceback" not in run.stderr
     assert "jepa_world_model.pt is missing: run python3 train_jepa.py" in run.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_data_without_an_environment_name(tmp_path, monkeypatch):
-    from tests.conftest import REST
-    from world_model_jepa import JEPAWorldModel, save_checkpoint
-    model = JEPAWorldModel(image_size=(20, 20), patch_size=4)
-    save_checkpoint(tmp_path / "jepa_world_model.pt", model, model.state_dict(),
-                    **{**REST, "data": {"metadata": {}}})
-    monkeypatch.setattr(plan, "HERE", tmp_path)
-    with pytest.raises(SystemExit, match="do not name their environment"):
-        plan.main()
-
-
-def test_checkpoint_of_another_image_size(tmp_path, monkeypatch):
-    from tests.conftest import REST
-    from world_model_jepa import JEPAWorldModel, save_checkpoint
-    model = JEPAWorldModel(image_size=(20, 20), patch_size=4)
-    data = {"metadata": {"env_id": "MiniGrid-Empty-8x8-v0", "tile_size": 4, "seed": 0}}
-    save_checkpoint(tmp_path / "jepa_world_model.pt", model, model.state_dict(),
-                    **{**REST, "data": data})
-    monkeypatch.setattr(plan, "HERE", tmp_path)
-    with pytest.raises(SystemExit, match=r"expects images of .* \(32, 32\)"):
-        plan.main()
-
-
-def test_a_plan_goes_round_a_state_in_which_the_episode_ends():
-    class Ending(ExactModel):
-        def predict_end(self, z):
-            cells = [self.poses[i][:2] for i in z.argmax(1).tolist()]
-            return torch.tensor([float(cell == (2, 2)) for cell in cells])
-
-    model, start = Ending(), (1, 2, 0)
-    actions = plan_actions(model, model.image(start), model.image((2, 1, 3)))
-    cells = [model.run(start, actions[:n])[:2] for n in range(len(actions) + 1)]
-    assert cells[-1] == (2, 1) and (2, 2) not in cells
-    onto = plan_actions(model, model.image(start), model.image((2, 2, 0)))
-    assert onto == [2]  # the goal itself may end the episode
-
-
-def test_a_doubtful_way_is_taken_where_there_is_no_other():
-    class Doubtful(ExactModel):
-        def predict_end(self, z):
-            cells = [self.poses[i][:2] for i in z.argmax(1).tolist()]
-            return torch.tensor([0.7 * (cell[0] == 3) for cell in cells])  # the middle column
-
-    model, start, goal = Doubtful(), (1, 3, 0), (5, 3, 0)
-    assert plan_actions(model, model.image(start), model.image(goal)) == 4 * [2]

@@ -157,12 +157,14 @@ class LatentDynamics(nn.Module):
     Whether the agent can step ahead depends on what stands there. A plain MLP would learn that for
     each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics look
     first (the attention of DRAW, Gregor et al. 2015): `to_row` and `to_column` point at the place
-    of what moves, `to_map` unfolds the static part into a map, and the map's 3 x 3 patches around
-    that place go into the MLP. "The way is free" is then one rule.
+    of what moves, `to_map` unfolds the static part into a map, and of the map's 3 x 3 patches
+    around that place a small network reports `report_dim` numbers to the MLP. "The way is free" is
+    then one rule. More numbers would let the MLP recognise places by their light, which tells
+    nothing once the agent is far from where the static part was seen.
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
-                 features=8, groups=16, classes=32, action_dim=16):
+                 features=8, groups=16, classes=32, action_dim=16, report_dim=4):
         super().__init__()
         static_dim = latent_dim - moving_dim
         self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
@@ -170,8 +172,10 @@ class LatentDynamics(nn.Module):
         self.to_column = nn.Linear(moving_dim, grid[1])
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
+        self.report = nn.Sequential(nn.Linear(9 * features, 64), nn.ReLU(),
+                                    nn.Linear(64, report_dim), nn.Tanh())
         self.mlp = nn.Sequential(
-            nn.Linear(moving_dim + action_dim + 9 * features, hidden_dim), nn.ReLU(),
+            nn.Linear(moving_dim + action_dim + report_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
@@ -196,7 +200,7 @@ class LatentDynamics(nn.Module):
 
     def step(self, moving, static, action):
         """(..., M), (..., S), (...) -> next moving part (..., M), coordinates of size about 1."""
-        x = [moving, self.glimpse(moving, static), self.action_embedding(action)]
+        x = [moving, self.report(self.glimpse(moving, static)), self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
@@ -364,7 +368,9 @@ def compute_losses(model, patches, index, actions):
                    for x in encode_shared(model.encoder, patches, frames))
     moving, static = model.dynamics.parts(z)                # (B, T+2, M), (B, T+2, S)
     moving, profiles, other = moving[:, :-1], profiles[:, :-1], static[:, -1:]
-    predicted, imagined = predict_windows(model, moving, other, actions)
+    drift = (static[:, :1] - other).detach()                # what should stay, but does not quite
+    drift = drift[torch.randperm(B)] + drift[torch.randperm(B)]
+    predicted, imagined = predict_windows(model, moving, other, drift, actions)
     if model.objective == "reconstruction":
         frames = patches[index[:, :-1]].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         errors = [(model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean((1, 2, 3))
@@ -393,26 +399,28 @@ def compute_losses(model, patches, index, actions):
     }, error.detach()
 
 
-def predict_windows(model, moving, static, actions, noise=0.3, keep=0.2):
+def predict_windows(model, moving, static, drift, actions, noise=0.3, keep=0.2):
     """Windows of moving parts (B, T+1, M), another moment's static part (B, 1, S), actions (B, T)
     -> what is predicted for times 1 .. T from the encoded frame before (B, T, D), and for times
     2 .. T from a rollout with noise (B, T-1, D). So imagination learns to correct its own errors
-    (scheduled sampling, Bengio et al. 2015).
+    (scheduled sampling, Bengio et al. 2015). And as the static part of a place far away differs
+    a little, the dynamics see it with `drift` (B, 1, S), by which it differs in other episodes.
 
     keep: how often the rollout goes on from the encoded frame instead.
     """
-    step = model.dynamics.step
-    predicted = step(moving[:, :-1], static.detach(), actions)
+    step, seen = model.dynamics.step, static.detach() + drift
+    seen = F.normalize(seen, dim=-1) * math.sqrt(seen.shape[-1])
+    predicted = step(moving[:, :-1], seen, actions)
     with torch.no_grad():
         rollout, x = [], moving[:, 0]
         for t in range(actions.shape[1] - 1):
-            x = step(x, static[:, 0], actions[:, t])
+            x = step(x, seen[:, 0], actions[:, t])
             rollout.append(x)
             x = torch.where(torch.rand_like(x[:, :1]) < keep, moving[:, t + 1], x)
         x = torch.stack(rollout, 1)
         x = x + noise * torch.rand_like(x[..., :1]) * torch.randn_like(x)
         x = F.normalize(x, dim=-1) * math.sqrt(x.shape[-1])
-    imagined = step(x, static.detach(), actions[:, 1:])
+    imagined = step(x, seen, actions[:, 1:])
     return join(predicted, static), join(imagined, static)
 
 

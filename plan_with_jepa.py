@@ -71,7 +71,6 @@ def same_state(model, z, other):
 
 def read_images(model, **images):
     """N of (3, H, W) -> (N, 3, H, W) on the model's device.
-
     Raises TypeError or ValueError, one sentence, at an image that the model cannot encode.
     """
     shape = (model.arguments["in_channels"], *model.arguments["image_size"])
@@ -96,7 +95,6 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
     leads back to itself in the data, so no way leads across it.
 
     obs, goal_obs: (3, H, W) float in [0, 1], what the environment shows now and at the goal.
-
     Returns: Plan, a list of at most `max_actions` action numbers, empty and met where obs shows the
         goal already. If the goal was not met, the way to the state most similar to it.
     Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode.
@@ -131,7 +129,6 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
 def plan_with_cem(model, obs, goal_obs, max_actions=20):
     """Categorical cross-entropy method, for comparison: same contract as plan_actions, but at most
     20 actions (Rubinstein 1999; for planning in latents e.g. Hafner et al. 2019).
-
     Samples action sequences from independent categoricals, one per step; refits them to the tenth
     whose imagined latents come nearest to the goal; returns the best up to its nearest step.
     """
@@ -328,9 +325,8 @@ def wander(model, actions, task, obs, goal_obs, step):
     control of the search alone."""
     rng = np.random.default_rng((SEED, task.number))
     goal = model.encode_target(read_images(model, goal_obs=goal_obs))
-    while obs is not None:
-        if same_state(model, model.encode_target(read_images(model, obs=obs)), goal):
-            break
+    while obs is not None and not same_state(
+            model, model.encode_target(read_images(model, obs=obs)), goal):
         obs = step(int(rng.choice(actions)))
     return obs is not None, [], []
 

@@ -60,20 +60,17 @@ class Plan(list):
 
 
 def moving_part(model, z):
-    """(..., D) -> (..., M), unit norm. States of one episode differ in nothing else: the dynamics
-    pass the rest of a latent on unchanged."""
+    """(..., D) -> (..., M), unit norm: all in which the states of one episode differ."""
     return F.normalize(z[..., :model.moving_dim], dim=-1)
 
 
 def same_state(model, z, other):
-    """(..., D) twice -> (...) bool: is the cosine of the moving parts above `model.same_state`,
-    which training has calibrated on held-out transitions?"""
+    """(..., D) twice -> (...) bool. The threshold is calibrated by training, on held-out data."""
     return (moving_part(model, z) * moving_part(model, other)).sum(-1) > model.same_state
 
 
 def read_images(model, **images):
     """N of (3, H, W) -> (N, 3, H, W) on the model's device.
-
     Raises TypeError or ValueError, one sentence, at an image that the model cannot encode.
     """
     shape = (model.arguments["in_channels"], *model.arguments["image_size"])
@@ -98,7 +95,6 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
     leads back to itself in the data, so no way leads across it.
 
     obs, goal_obs: (3, H, W) float in [0, 1], what the environment shows now and at the goal.
-
     Returns: Plan, a list of at most `max_actions` action numbers, empty and met where obs shows the
         goal already. If the goal was not met, the way to the state most similar to it.
     Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode.
@@ -133,7 +129,6 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
 def plan_with_cem(model, obs, goal_obs, max_actions=20):
     """Categorical cross-entropy method, for comparison: same contract as plan_actions, but at most
     20 actions (Rubinstein 1999; for planning in latents e.g. Hafner et al. 2019).
-
     Samples action sequences from independent categoricals, one per step; refits them to the tenth
     whose imagined latents come nearest to the goal; returns the best up to its nearest step.
     """
@@ -161,13 +156,11 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
 @torch.no_grad()
 def follow(model, planner, obs, goal_obs, step, anew=False):
     """Plan, act, look. STOP at the end of a plan that met the goal, if all that was seen is what
-    was imagined, and at an empty plan; else plan again.
+    was imagined, and at an empty plan; else plan again. anew: plan after every action.
 
-    step(action) acts in the real environment and returns the next image (3, H, W), or None when the
-    episode is over. anew: plan after every action, with no memory of earlier plans.
+    step(action) acts for real and returns the next image (3, H, W), or None where all is over.
 
-    Returns: whether STOP was declared, what was imagined, one latent (D,) per action, and the
-        seconds of each decision.
+    Returns: whether STOP was declared, the imagined latents (D,), and the seconds of each decision.
     """
     imagined, seconds = [], []
     while True:
@@ -238,7 +231,7 @@ class World:
             vars(thing).update(its)
 
     def is_random(self):
-        """Do equal states and actions lead to different states, as random numbers are drawn?"""
+        """Do equal states and actions lead to different states, by other random numbers?"""
         rng = np.random.default_rng(0)
         for step in range(200):
             if step % 20 == 0:
@@ -257,9 +250,8 @@ class World:
 def reach(world, walking=False, most=10_000):
     """Breadth-first search with all actions from the state that the world is in -> {key: (shortest
     list of actions, what `restore` takes)}, nearest first, without what ends the episode.
-
-    walking: only states that differ from the first in nothing but the agent's pose.
-    most: so many states, as keys that may be laid down anywhere make very many.
+    walking: only where nothing but the agent's pose differs from the first state.
+    most: a bound, as keys that may be laid down anywhere make very many states.
     """
     start, grid = world.key(), world.recorder.grid
     tree, queue = {start: ([], world.save())}, deque([start])
@@ -275,13 +267,12 @@ def reach(world, walking=False, most=10_000):
     return tree
 
 
-# Layout `number` of SEED, poses (x, y, direction), image (H, W, 3) uint8, list of actions.
+# Poses (x, y, direction), image (H, W, 3) uint8, list of actions.
 Task = namedtuple("Task", "number start goal goal_image oracle")
 
 
 def make_task(world, number):
-    """Task `number` of SEED: the start is any pose in the layout as it begins, the goal any state
-    that can be reached from there and looks different."""
+    """The start is any pose in the layout as it begins, the goal any state that looks different."""
     world.reset(number)
     rng = np.random.default_rng((SEED, number))
     starts = list(reach(world, walking=True).values())
@@ -289,10 +280,9 @@ def make_task(world, number):
     start, shown, tree = world.pose(), world.key()[0], reach(world)
     goals = [key[0] for key in tree if key[0] != shown]
     if not goals:
-        raise collect.CollectError(f"{world.env_id} leaves the agent nowhere to go: edit ENV_ID in "
-                                   "collect_minigrid_data.py")
+        raise collect.CollectError(f"{world.env_id} has no way to go: edit ENV_ID {collect.EDIT}")
     goal = goals[rng.integers(len(goals))]
-    # The nearest state that looks like it, as an image does not show what is in hand.
+    # The nearest that looks so, as an image does not show what is in hand.
     oracle, saved = next(node for key, node in tree.items() if key[0] == goal)
     world.restore(saved)
     return Task(number, start, world.pose(), world.image(), oracle)
@@ -303,8 +293,7 @@ def to_image(frame):
 
 
 def attempt(world, task, policy):
-    """Lets policy(task, obs, goal_obs, step) act for real -> dict of what came of it. Where chance
-    decides what else the goal shows, its pose is enough."""
+    """Lets policy(task, obs, goal_obs, step) act for real -> dict of what came of it."""
     def step(action):
         if len(frames) > 2 * len(task.oracle) + 10:
             return None
@@ -315,17 +304,18 @@ def attempt(world, task, policy):
 
     world.reset(task.number, task.start)
     trace, frames = [task.start], [world.image()]
-    stopped, *result = policy(task, to_image(frames[0]), to_image(task.goal_image), step)
+    images = to_image(frames[0]), to_image(task.goal_image)
+    stopped, imagined, seconds = policy(task, *images, step)
+    # Where chance decides what else the goal shows, its pose is enough.
     there = world.random or np.array_equal(frames[-1], task.goal_image)
     return {"task": task, "trace": trace, "looks": [hash(frame.tobytes()) for frame in frames],
-            "imagined": result[0], "seconds": result[1], "steps": len(trace) - 1,
+            "imagined": imagined, "seconds": seconds, "steps": len(trace) - 1,
             "success": stopped and there and trace[-1] == task.goal}
 
 
 def spl(successes, shortest, taken):
     """Success weighted by path length (Anderson et al. 2018): 1 if all take the shortest way."""
-    ratios = [s * n / max(n, t) for s, n, t in zip(successes, shortest, taken, strict=True)]
-    return float(np.mean(ratios))
+    return float(np.mean([s * n / max(n, t) for s, n, t in zip(successes, shortest, taken)]))
 
 
 # ------------------------------------------------------------------------------ 3. the comparison
@@ -335,9 +325,8 @@ def wander(model, actions, task, obs, goal_obs, step):
     control of the search alone."""
     rng = np.random.default_rng((SEED, task.number))
     goal = model.encode_target(read_images(model, goal_obs=goal_obs))
-    while obs is not None:
-        if same_state(model, model.encode_target(read_images(model, obs=obs)), goal):
-            break
+    while obs is not None and not same_state(
+            model, model.encode_target(read_images(model, obs=obs)), goal):
         obs = step(int(rng.choice(actions)))
     return obs is not None, [], []
 
@@ -367,8 +356,8 @@ def compare(world, models):
     def search(model, planner=plan_actions, anew=False):
         return lambda task, obs, goal, step: follow(model, planner, obs, goal, step, anew)
 
-    jepa = models["JEPA"]
     torch.manual_seed(SEED)
+    jepa = models["JEPA"]
     untrained = type(jepa)(**jepa.arguments).to(pick_device()).eval()
     tasks = [make_task(world, n) for n in tqdm(range(NUM_TASKS), "tasks", leave=False)]
     few, useful = tasks[:CONTROL_TASKS], sorted({a for t in tasks for a in t.oracle})
@@ -398,37 +387,30 @@ def print_table(world, rows):
     for need in ("toggle", "pickup"):
         solved = [t["success"] for t in rows[0]["by_task"] if t[need]]
         if solved:
-            print(f"\n{len(solved)} of {rows[0]['tasks']} tasks need a {need}: {rows[0]['name']} "
-                  f"solves {sum(solved)} of them", end="")
-    print()
+            print(f"{rows[0]['name']} solves {sum(solved)} of {len(solved)} tasks with a {need}")
 
 
 # ------------ 4. the picture; only here is the simulator asked what an imagined latent looks like
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"  # told apart by colour-blind readers
 
 
-def nearest_frames(world, model, latents):
-    """Latents (N, D) -> [(image, pose), ...]: those states that can be reached from here whose
-    target latents are nearest to them."""
-    reach(world)
-    images = collect.pixels(*collect.render_frames(world.recorder, world.tile_size))
-    targets = torch.cat([model.encode_target(to_image(some).to(latents.device))
-                         for some in np.array_split(images, -(-len(images) // 256))])   # (K, D)
-    poses = [key[1:4] for key in world.recorder.states]
-    return [(images[i], poses[i]) for i in (latents @ targets.T).argmax(1).tolist()]
-
-
 @torch.no_grad()
 def draw_task(axes, world, model, result):
-    """One row of the picture: start and the path taken, goal image, and what was imagined."""
+    """One row of the picture: start and the path taken, goal image, and what was imagined, as those
+    states that can be reached whose target latents are nearest."""
     task, tile, latents = result["task"], world.tile_size, result["imagined"]
     world.reset(task.number, task.start)
     shown = [("start, path taken", world.image(), task.start), ("goal", task.goal_image, task.goal)]
-    steps = np.unique(np.linspace(1, len(latents), len(axes) - 2).round().astype(int))
-    frames = nearest_frames(world, model, torch.stack(latents)[steps - 1])
-    for n, (image, pose) in zip(steps, frames):
-        right = hash(image.tobytes()) == result["looks"][n]
-        shown.append((f"imagined {n}" if right else f"{n}: mistaken", image, pose))
+    reach(world)  # its recorder now knows all states
+    images = collect.pixels(*collect.render_frames(world.recorder, tile))
+    poses = [key[1:4] for key in world.recorder.states]
+    targets = torch.cat([model.encode_target(to_image(some).to(latents[0].device))
+                         for some in np.array_split(images, -(-len(images) // 256))])   # (K, D)
+    for n in np.unique(np.linspace(1, len(latents), len(axes) - 2).round().astype(int)):
+        nearest = (targets @ latents[n - 1]).argmax().item()
+        right = hash(images[nearest].tobytes()) == result["looks"][n]
+        title = f"imagined {n}" if right else f"{n}: mistaken"
+        shown.append((title, images[nearest], poses[nearest]))
     for axis, (title, image, pose) in zip(axes, shown):
         axis.imshow(image)
         axis.set_title(title, size=13)
@@ -447,22 +429,18 @@ def draw(path, world, model, attempts, rows):
                   key=lambda a: (a["success"], len(a["task"].oracle)))
     some = [some[i] for i in np.unique(np.linspace(0, len(some) - 1, 4).astype(int)) if some]
     figure = Figure(figsize=(14, 1.9 * len(some) + 4), layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=(1.9 * len(some) or 0.1, 4))
-    grid = parts[0].subplots(len(some), 9, squeeze=False) if some else []
-    for axes, result in zip(grid, some):
-        draw_task(axes, world, model, result)
-    axis = parts[1].subplots()
+    grid = figure.add_gridspec(len(some) + 1, 9, height_ratios=[1] * len(some) + [2])
+    for row, result in enumerate(some):
+        draw_task([figure.add_subplot(grid[row, k]) for k in range(9)], world, model, result)
+    axis = figure.add_subplot(grid[-1, :])
     for row, style, colour in ((rows[0], "o-", BLUE), (rows[-2], "s--", GREY)):
         length, success = np.array([(t["oracle_steps"], t["success"]) for t in row["by_task"]]).T
         bins = length * 8 // (length.max() + 1)
-        bins = [bins == b for b in np.unique(bins)]
-        axis.plot([length[b].mean() for b in bins], [success[b].mean() for b in bins], style, lw=2,
-                  ms=8, label=row["name"], color=colour)
-    for b in bins:
-        axis.text(length[b].mean(), 1.06, b.sum(), size=13, ha="center", color=GREY)
-    axis.set(ylim=(-0.02, 1.13), xlim=(0, None), ylabel="success rate",
-             xlabel="oracle's path length, actions (on top: how many tasks)")
-    axis.legend(loc="center right")
+        points = np.array([(length[bins == b].mean(), success[bins == b].mean())
+                           for b in np.unique(bins)])
+        axis.plot(*points.T, style, color=colour, label=row["name"])
+    axis.set(ylim=(-0.02, 1.02), ylabel="success rate", xlabel="oracle's path length, actions")
+    axis.legend()
     figure.savefig(path, dpi=100)
 
 
@@ -499,11 +477,11 @@ def main():
         world, models = prepare()
         attempts, rows = compare(world, models)
         print_table(world, rows)
-        settings = {name: globals()[name] for name in SETTINGS}
-        report = {"env_id": world.env_id, "random": world.random, "settings": settings,
+        report = {"env_id": world.env_id, "random": world.random,
+                  "settings": {name: globals()[name] for name in SETTINGS},
                   "device": str(pick_device()), "threads": torch.get_num_threads(), "rows": rows}
-        text = json.dumps(report, indent=1) + "\n"
-        collect.write_atomically(HERE / "plan.json", lambda path: Path(path).write_text(text))
+        collect.write_atomically(HERE / "plan.json", lambda path: path.write_text(
+            json.dumps(report, indent=1) + "\n"))
         collect.write_atomically(HERE / "plan.png", lambda path: draw(
             path, world, models["JEPA"], attempts, rows))
     except (CheckpointError, collect.CollectError, OSError) as error:

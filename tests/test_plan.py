@@ -235,7 +235,8 @@ def test_oracle_fetches_the_key_and_opens_the_door():
 
 
 @pytest.mark.parametrize("env_id, count", [
-    ("MiniGrid-FourRooms-v0", 3), ("MiniGrid-DoorKey-6x6-v0", 3), ("tests.my_worlds:Painted-v0", 1)])
+    ("MiniGrid-FourRooms-v0", 3), ("MiniGrid-DoorKey-6x6-v0", 3),
+    ("tests.my_worlds:Painted-v0", 1)])
 def test_tasks_are_reproducible_and_solved_by_the_oracle(env_id, count):
     world = World(env_id, 4)
     tasks = [make_task(world, n) for n in range(count)]

@@ -18,10 +18,14 @@ from world_model_jepa import (
     ReconstructionWorldModel,
     effective_rank,
     hits_at_1,
+    join,
     latent_spread,
     load_checkpoint,
+    maxima,
+    places,
     save_checkpoint,
-    to_spheres,
+    vicreg,
+    weigh_by_error,
 )
 
 
@@ -67,11 +71,9 @@ def test_forward_is_the_tutorials_loss(model):
 
 def test_tiles_give_what_pixels_give(model):
     tiles, index, obs = images(7)
-    torch.testing.assert_close(model.encode_tiles(tiles, index), model.encode(obs))
-    torch.testing.assert_close(model.encode_tiles(tiles, index, target=True),
-                               model.encode_target(obs))
+    torch.testing.assert_close(model.encoder.from_patches(tiles, index)[0], model.encode(obs))
     many = torch.cat([tiles, torch.rand(1000, 3, 8, 8)])  # more tiles than places
-    torch.testing.assert_close(model.encode_tiles(many, index), model.encode(obs))
+    torch.testing.assert_close(model.encoder.from_patches(many, index)[0], model.encode(obs))
 
 
 def test_frames_that_differ_in_one_patch_have_other_latents(model):
@@ -79,7 +81,8 @@ def test_frames_that_differ_in_one_patch_have_other_latents(model):
     for row, column in ((0, 0), (3, 5), (7, 7)):
         changed = index.clone()
         changed[0, row, column] = (changed[0, row, column] + 1) % 6
-        assert (model.encode_tiles(tiles, changed) - model.encode(obs)).abs().max() > 1e-4
+        z = model.encoder.from_patches(tiles, changed)[0]
+        assert (z - model.encode(obs)).abs().max() > 1e-4
 
 
 def test_target_encoder_is_a_moving_average():
@@ -89,7 +92,7 @@ def test_target_encoder_is_a_moving_average():
         for p in model.encoder.parameters():
             p.add_(1.0)
     model.update_target_encoder(momentum=0.75)
-    for name, value in model.target_encoder.state_dict().items():
+    for name, value in model.target_encoder.named_parameters():
         online = model.encoder.state_dict()[name]
         torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * online)
 
@@ -99,7 +102,7 @@ def test_gradient_reaches_all_but_the_target_encoder():
     _, _, obs = images(6)
     model(obs[:3], obs[3:], torch.arange(3))[0].backward()
     assert all(p.grad is None for p in model.target_encoder.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in model.encoder.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.encoder.parameters() if p.requires_grad)
     assert all(p.grad.abs().sum() > 0 for p in model.dynamics.mlp.parameters())
 
 
@@ -161,7 +164,7 @@ def test_bad_checkpoints_are_one_sentence(tmp_path):
         "bomb": pickle.dumps(Bomb()),
     }
     huge = {**contents["arguments"], "latent_dim": 10**7, "hidden_dim": 10**7}  # would need 400 TB
-    nan = {**contents["model"], "dynamics.end_bias": torch.tensor(math.nan)}
+    nan = {**contents["model"], "same_state": torch.tensor(math.nan)}
     for broken in ({**contents, "format": 99}, {**contents, "objective": "nothing"}, [1, 2],
                    {**contents, "arguments": {"latent_dim": -1}}, {**contents, "model": {}},
                    {**contents, "arguments": huge}, {**contents, "model": nan},
@@ -205,35 +208,69 @@ def test_mutated_checkpoints_give_equal_weights_or_an_error(tmp_path):
     assert 0 < equal < 0.9 * trials  # both outcomes were met
 
 
-def test_dynamics_start_near_identity():
-    z = F.normalize(torch.randn(20, 128), dim=1)
-    predicted = JEPAWorldModel().predict_next(z, torch.zeros(20, dtype=torch.long))
-    assert (predicted * z).sum(1).min() > math.cos(0.5)
+def test_maxima_are_those_of_each_line():
+    features, lines = torch.randn(9, 5), torch.randint(9, (4, 6, 3))
+    torch.testing.assert_close(maxima(features, lines), features[lines].amax(2))
 
 
-def test_each_part_gets_a_sphere_of_its_own():
-    z = torch.randn(5, 128)
-    torch.testing.assert_close(to_spheres(z, 44, 1), F.normalize(z, dim=1))
-    parts = to_spheres(z, 44).split([44, 84], 1)
-    for part, was in zip(parts, z.split([44, 84], 1)):
-        torch.testing.assert_close(part.norm(dim=1), torch.full((5,), (part.shape[1] / 128)**0.5))
-        torch.testing.assert_close(F.normalize(part, dim=1), F.normalize(was, dim=1))
-    model, (_, _, pixels) = JEPAWorldModel(), images(5)
-    whole = model.encode(pixels)
-    model.split_spheres()
-    still = model.encode_target(pixels)[:, 44:]
-    torch.testing.assert_close(still, to_spheres(whole, 44)[:, 44:])
-    again = JEPAWorldModel(**model.arguments).eval()
-    again.load_state_dict(model.state_dict())
-    z_next = again.predict_next(again.encode(pixels), torch.zeros(5, dtype=torch.long))
-    torch.testing.assert_close(again.encode(pixels)[:, 44:], still)
-    torch.testing.assert_close(z_next[:, 44:].norm(dim=1), torch.full((5,), (84 / 128) ** 0.5))
+def test_both_parts_have_equal_norms_and_the_static_one_passes_through(model):
+    _, _, obs = images(5)
+    z = model.encode(obs)
+    every = model.predict_next(z[:, None], torch.arange(7))             # (5, 7, 128)
+    for latents in (z, every):
+        moving = latents[..., :model.moving_dim].norm(dim=-1)
+        torch.testing.assert_close(moving, torch.full_like(moving, math.sqrt(0.5)))
+    static = z[:, None, model.moving_dim:].expand(-1, 7, -1)
+    torch.testing.assert_close(every[..., model.moving_dim:], static)
+    torch.testing.assert_close(every[2, 3], model.predict_next(z[2:3], torch.tensor([3]))[0])
+
+
+def test_vicreg_by_hand():
+    even = torch.tensor([[1., 1], [1, -1], [-1, 1], [-1, -1]]) * math.sqrt(0.75)
+    assert vicreg(even).item() == pytest.approx(0, abs=1e-4)            # variance 1, covariance 0
+    assert vicreg(torch.zeros(4, 2), variance=2).item() == pytest.approx(1.98, abs=0.001)
+    twins = even[:, :1].expand(-1, 2)
+    assert vicreg(twins, covariance=0.5).item() == pytest.approx(0.5, abs=1e-3)  # 2 * 1 / 2 dims
+
+
+def test_large_errors_weigh_more():
+    error = torch.tensor([0.0, 1.0])
+    weight = (error + 1e-3).sqrt()
+    assert weigh_by_error(error).item() == pytest.approx((weight[1] / weight.sum()).item())
+
+
+def test_the_parts_are_joined_on_the_sphere():
+    z = join(torch.randn(3, 1, 4), torch.randn(3, 2, 6))
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(3, 2))
+
+
+def test_places_teach_the_map_what_stands_where():
+    """Learning by `places` alone, the map tells a layout that only the static part can know; and
+    many patches cost no more than the candidates."""
+    torch.manual_seed(0)
+    model = JEPAWorldModel()
+    tiles, index, _ = images(8)
+    windows = index[:, None].expand(-1, 4, -1, -1)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    errors = []
+    for _ in range(60):
+        z = model.encoder.from_patches(tiles, index)[0]
+        static = model.dynamics.parts(z)[1][:, None].expand(-1, 4, -1)
+        loss = places(model, static, tiles, windows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert errors[-1] < 0.5 * errors[0]
+    patches = torch.rand(5000, 3, 8, 8)
+    some = torch.randint(5000, (8, 4, 8, 8))
+    assert places(model, static.detach(), patches, some).isfinite()
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (3, 5), (7, 2)])
 def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, column):
     dynamics = JEPAWorldModel().dynamics
-    features = dynamics.features
+    features = 8
     with torch.no_grad():
         for layer in (dynamics.to_row, dynamics.to_column, dynamics.to_map):
             layer.weight.zero_()
@@ -241,7 +278,8 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
         dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
         dynamics.to_map.bias.normal_()
         maps = dynamics.to_map.bias.view(8, 8, features)
-        seen = dynamics.glimpse(torch.randn(2, 3, 128)).view(2, 3, 3, 3, features)
+        moving, static = torch.randn(2, 3, 48), torch.randn(2, 3, 80)
+        seen = dynamics.glimpse(moving, static).view(2, 3, 3, 3, features)
     padded = F.pad(maps, (0, 0, 1, 1, 1, 1))  # nothing stands beyond the border
     expected = padded[row:row + 3, column:column + 3].flip(0, 1)  # last row, last column first
     torch.testing.assert_close(seen, expected.expand(2, 3, -1, -1, -1))

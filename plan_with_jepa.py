@@ -99,25 +99,25 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
         goal already. If the goal was not met, the way to the state most similar to it.
     Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode.
     """
-    images, same = read_images(model, obs=obs, goal_obs=goal_obs), model.same_state.item()
-    here, goal = moving_part(model, model.encode_target(images)).cpu().numpy()      # (M,) each
+    images, same = read_images(model, obs=obs, goal_obs=goal_obs), model.same_state
+    states, goal = moving_part(model, model.encode_target(images)).split(1)         # (1, M) each
     z, A = model.encode(images[:1]), model.arguments["num_actions"]                 # (1, D)
-    states, parents = np.empty((MAX_STATES, len(here)), np.float32), [(0, None)]    # (from, action)
-    states[0], best, nearest = here, 0, here @ goal
+    parents, best, nearest = [(0, None)], 0, (states @ goal.T).max()                # (from, action)
     for _ in range(max_actions):
-        if nearest > same or not len(z) or len(parents) == MAX_STATES:
+        if nearest > same or not len(z) or len(parents) >= MAX_STATES:
             break
-        first, new = len(parents) - len(z), []                          # first of the frontier
+        first = len(parents) - len(z)                                   # of the frontier
         z = model.predict_next(z[:, None], torch.arange(A, device=z.device)).flatten(0, 1)
-        for i, found in enumerate(moving_part(model, z).cpu().numpy()):             # (F * A, M)
-            count = len(parents)
-            if count < MAX_STATES and (states[:count] @ found).max() <= same:
-                states[count] = found
-                parents.append((first + i // A, i % A))
-                new.append(i)
-                if found @ goal > nearest:
-                    best, nearest = count, found @ goal
-        z = z[new]
+        found = moving_part(model, z)                                   # (F * A, M)
+        new = ((found @ states.T).amax(1) <= same).nonzero()[:, 0]
+        twins = (found[new] @ found[new].T > same).float()
+        new = new[twins.cumsum(1).diagonal() == 1]                      # the first of its kind
+        if len(new):
+            similarity, i = (found[new] @ goal.T).max(0)
+            if similarity > nearest:
+                best, nearest = len(parents) + i.item(), similarity
+        parents += [(first + i // A, i % A) for i in new.tolist()]
+        states, z = torch.cat([states, found[new]]), z[new]
     plan = []
     while best:
         best, action = parents[best]

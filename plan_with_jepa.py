@@ -398,7 +398,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"  # told apart by colour-bli
 def draw_task(axes, world, model, result):
     """One row of the picture: start and the path taken, goal image, and what was imagined, as those
     states that can be reached whose target latents are nearest."""
-    task, tile, latents = result["task"], world.tile_size, result["imagined"]
+    task, tile = result["task"], world.tile_size
+    latents = result["imagined"][:result["steps"]]  # not of an action past the limit
     world.reset(task.number, task.start)
     shown = [("start, path taken", world.image(), task.start), ("goal", task.goal_image, task.goal)]
     reach(world)  # its recorder now knows all states

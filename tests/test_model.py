@@ -1,28 +1,36 @@
-"""The model module: shapes and norms of the public surface, known answers, checkpoints."""
+"""The model module: known answers, equivalences with the plain way, checkpoints."""
 
 import copy
 import math
 import os
 import pickle
 import random
+import time
 import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import world_model_jepa
+from minigrid_dataset import join_tiles
 from tests.conftest import REST, mutated
 from world_model_jepa import (
+    MODELS,
     CheckpointError,
     JEPAWorldModel,
     ReconstructionWorldModel,
+    compute_losses,
+    cut,
     effective_rank,
     hits_at_1,
     join,
     latent_spread,
     load_checkpoint,
     maxima,
+    pick_device,
     places,
+    pointing,
     save_checkpoint,
     vicreg,
     weigh_by_error,
@@ -30,118 +38,275 @@ from world_model_jepa import (
 
 
 def images(count, seed=0):
-    """Frames put together from 6 distinct 8 x 8 tiles, as tiles, indices and pixels."""
+    """Frames put together from 6 distinct 8 x 8 patches: patches, index and pixels."""
     generator = torch.Generator().manual_seed(seed)
-    tiles = torch.rand(6, 3, 8, 8, generator=generator)
+    patches = torch.rand(6, 3, 8, 8, generator=generator)
     index = torch.randint(6, (count, 8, 8), generator=generator)
-    pixels = tiles[index].permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 64, 64)
-    return tiles, index, pixels
+    return patches, index, join_tiles(patches, index)
 
 
-@pytest.fixture(params=[JEPAWorldModel, ReconstructionWorldModel])
+def batch(B=4, T=3, seed=0):
+    """What compute_losses takes."""
+    patches, index, _ = images(B * (T + 2), seed)
+    return patches, index.unflatten(0, (B, T + 2)), torch.randint(7, (B, T))
+
+
+@pytest.fixture(params=list(MODELS))
 def model(request):
     torch.manual_seed(0)
-    return request.param()
+    return MODELS[request.param]()
 
 
-def test_public_surface(model):
-    _, _, obs = images(5)
-    actions = torch.randint(7, (5, 4))
-    for z in (model.encode(obs), model.encode_target(obs), model.predict_next(model.encode(obs),
-                                                                               actions[:, 0])):
-        assert z.shape == (5, 128)
-        torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
-    imagined = model.rollout(obs, actions)
+# ------------------------------------------------------------------------------- encoder, dynamics
+def test_deduplicated_patches_give_the_latents_of_pixels(model):
+    patches, index, pixels = images(7)
+    torch.testing.assert_close(model.encoder.from_patches(patches, index)[0], model.encode(pixels))
+    every, places_ = cut(pixels, 8)
+    assert every.shape == (7 * 64, 3, 8, 8)
+    torch.testing.assert_close(join_tiles(every, places_), pixels, rtol=0, atol=0)
+    many = torch.cat([patches, torch.rand(1000, 3, 8, 8)])
+    torch.testing.assert_close(model.encoder.from_patches(many, index)[0], model.encode(pixels))
+
+
+@pytest.mark.parametrize("lines_shape", [(5, 8, 8), (3, 2, 7), (1, 1, 1)])
+def test_maxima_and_their_gradients_are_those_of_plain_max(lines_shape):
+    torch.manual_seed(0)
+    features = torch.rand(9, 4, requires_grad=True)
+    lines = torch.randint(9, lines_shape)
+    found, plain = maxima(features, lines), features[lines].amax(2)
+    torch.testing.assert_close(found, plain, rtol=0, atol=0)
+    weight = torch.rand_like(plain)
+    gradients = [torch.autograd.grad((x * weight).sum(), features)[0] for x in (found, plain)
+                 if len(features[lines].unique()) > 1]
+    assert len(gradients) < 2 or (gradients[0] - gradients[1]).abs().max() < 1e-5
+
+
+def test_latents_have_unit_norm_and_two_parts_of_equal_norm(model):
+    _, _, pixels = images(5)
+    z = model.encode(pixels)
+    for latent in (z, model.encode_target(pixels), model.predict_next(z, torch.arange(5))):
+        assert latent.shape == (5, 128)
+        for part in latent.split([model.moving_dim, 128 - model.moving_dim], 1):
+            torch.testing.assert_close(part.norm(dim=1), torch.full((5,), 0.5**0.5))
+
+
+def test_the_dynamics_pass_the_static_part_on_and_change_the_moving_part(model):
+    z = model.encode(images(5)[2])
+    after, m = model.predict_next(z, torch.arange(5)), model.moving_dim
+    torch.testing.assert_close(after[:, m:], z[:, m:])
+    assert (after[:, :m] - z[:, :m]).abs().amax(1).min() > 1e-3
+
+
+def test_rollout_is_repeated_predict_next(model):
+    _, _, pixels = images(5)
+    actions, z = torch.randint(7, (5, 4)), model.encode(pixels)
+    imagined = model.rollout(pixels, actions)
     assert imagined.shape == (5, 4, 128)
-    z = model.encode(obs)
     for t in range(4):
         z = model.predict_next(z, actions[:, t])
         torch.testing.assert_close(imagined[:, t], z)
 
 
-def test_forward_is_the_tutorials_loss(model):
-    _, _, obs = images(10)
-    loss, z_pred, z_target = model(obs[:5], obs[5:], torch.arange(5))
-    difference = F.normalize(z_pred, dim=1) - F.normalize(z_target, dim=1)
-    expected = difference.square().sum() / (5 * 128)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(z_target, model.encode_target(obs[5:]))
-    assert 0 < loss.item() <= 4 / 128
+def test_leading_shapes_of_latents_and_actions_broadcast(model):
+    z, actions = model.encode(images(5)[2]), torch.arange(7)
+    whole = model.predict_next(z[:, None], actions)
+    assert whole.shape == (5, 7, 128)
+    for a in range(7):
+        torch.testing.assert_close(whole[:, a], model.predict_next(z, actions[a].expand(5)))
+    assert join(torch.randn(4, 1, 3), torch.randn(5, 2)).shape == (4, 5, 5)
 
 
-def test_tiles_give_what_pixels_give(model):
-    tiles, index, obs = images(7)
-    torch.testing.assert_close(model.encoder.from_patches(tiles, index)[0], model.encode(obs))
-    many = torch.cat([tiles, torch.rand(1000, 3, 8, 8)])  # more tiles than places
-    torch.testing.assert_close(model.encoder.from_patches(many, index)[0], model.encode(obs))
-
-
-def test_frames_that_differ_in_one_patch_have_other_latents(model):
-    tiles, index, obs = images(1)
-    for row, column in ((0, 0), (3, 5), (7, 7)):
-        changed = index.clone()
-        changed[0, row, column] = (changed[0, row, column] + 1) % 6
-        z = model.encoder.from_patches(tiles, changed)[0]
-        assert (z - model.encode(obs)).abs().max() > 1e-4
-
-
-def test_target_encoder_is_a_moving_average():
-    model = JEPAWorldModel()
-    before = copy.deepcopy(model.target_encoder.state_dict())
+@pytest.mark.parametrize("row, column", [(0, 0), (3, 5), (7, 2)])
+def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, column):
+    dynamics = JEPAWorldModel().dynamics
     with torch.no_grad():
-        for p in model.encoder.parameters():
-            p.add_(1.0)
-    model.update_target_encoder(momentum=0.75)
-    for name, value in model.target_encoder.named_parameters():
-        online = model.encoder.state_dict()[name]
-        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * online)
-
-
-def test_gradient_reaches_all_but_the_target_encoder():
-    model = JEPAWorldModel()
-    _, _, obs = images(6)
-    model(obs[:3], obs[3:], torch.arange(3))[0].backward()
-    assert all(p.grad is None for p in model.target_encoder.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in model.encoder.parameters() if p.requires_grad)
-    assert all(p.grad.abs().sum() > 0 for p in model.dynamics.mlp.parameters())
-
-
-def test_reconstruction_decodes_to_images():
-    model = ReconstructionWorldModel(image_size=(24, 40))
-    assert model.decode(F.normalize(torch.randn(2, 128), dim=1)).shape == (2, 3, 24, 40)
+        for layer in (dynamics.to_row, dynamics.to_column, dynamics.to_map):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
+        maps = dynamics.to_map.bias.normal_().view(8, 8, -1)
+        seen = dynamics.glimpse(torch.randn(2, 3, 48), torch.randn(2, 3, 80))
+    around = F.pad(maps, (0, 0, 1, 1, 1, 1))[row:row + 3, column:column + 3]  # 0 past the border
+    # In whatever order, the same nine places.
+    seen = seen.unflatten(-1, (9, -1))
+    assert torch.cdist(around.flatten(0, 1).expand(2, 3, 9, -1), seen).amin(-1).max() < 1e-4
 
 
 def test_image_size_must_fit_the_patches():
     with pytest.raises(ValueError, match="patch size 8"):
         JEPAWorldModel(image_size=(60, 64))
+    decoded = ReconstructionWorldModel(image_size=(24, 40)).decode(torch.randn(2, 128))
+    assert decoded.shape == (2, 3, 24, 40)
 
 
+# ---------------------------------------------------------------------------- target and objective
+def test_forward_is_the_mse_of_unit_norm_latents(model):
+    _, _, pixels = images(10)
+    loss, predicted, target = model(pixels[:5], pixels[5:], torch.arange(5))
+    expected = F.mse_loss(F.normalize(predicted, dim=1), F.normalize(target, dim=1))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(target, model.encode_target(pixels[5:]))
+    assert 0 < loss.item() <= 4 / 128
+
+
+def test_the_target_encoder_is_a_moving_average():
+    model = JEPAWorldModel()
+    before = copy.deepcopy(dict(model.target_encoder.named_parameters()))
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            p.add_(torch.randn_like(p))
+    model.update_target_encoder(momentum=0.75)
+    online = dict(model.encoder.named_parameters())
+    for name, value in model.target_encoder.named_parameters():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * online[name])
+
+
+@pytest.mark.parametrize("objective", ["jepa", "byol"])
+def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
+    torch.manual_seed(0)
+    model = MODELS[objective]()
+    terms, errors = compute_losses(model, *batch())
+    sum(terms.values()).backward()
+    assert errors.shape == (4, 3) and not errors.requires_grad
+    assert all(p.grad is None for p in model.target_encoder.parameters())
+    assert model.encoder.fixed.weight.grad is None
+    without = () if objective == "jepa" else ("to_map", "to_row", "to_column")
+    for name, p in model.named_parameters():
+        if p.requires_grad and not any(layer in name for layer in without):
+            assert p.grad is not None and p.grad.any(), name
+
+
+def test_each_term_shapes_what_it_is_for():
+    torch.manual_seed(0)
+    model = JEPAWorldModel()
+    terms, _ = compute_losses(model, *batch())
+    assert list(terms) == ["prediction", "places", "spread", "smoothness", "pointing"]
+    shapes = {}
+    for name, term in terms.items():
+        grads = torch.autograd.grad(term, [p for p in model.parameters() if p.requires_grad],
+                                    retain_graph=True, allow_unused=True)
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        shapes[name] = {n for n, g in zip(names, grads) if g is not None and g.any()}
+    of = {part: {n for n in shapes["prediction"] | shapes["places"] if n.startswith(part)}
+          for part in ("encoder.moving", "encoder.static", "dynamics.mlp", "dynamics.to_map")}
+    assert of["encoder.moving"] | of["dynamics.mlp"] <= shapes["prediction"]
+    assert of["encoder.static"] | of["dynamics.to_map"] <= shapes["places"]
+    assert of["encoder.moving"] | of["encoder.static"] <= shapes["spread"] & shapes["smoothness"]
+    assert shapes["pointing"] == {f"dynamics.{layer}.{p}" for layer in ("to_row", "to_column")
+                                  for p in ("weight", "bias")}
+
+
+def test_prediction_is_the_weighted_error_of_the_true_and_the_imagined_start(monkeypatch):
+    torch.manual_seed(0)
+    model, seen = JEPAWorldModel(), []
+    monkeypatch.setattr(world_model_jepa, "weigh_by_error",
+                        lambda error: seen.append(error) or weigh_by_error(error))
+    patches, index, actions = batch()
+    terms, errors = compute_losses(model, patches, index, actions)
+    torch.testing.assert_close(terms["prediction"], sum(map(weigh_by_error, seen)))
+    assert [x.shape for x in seen] == [(4, 3), (4, 2)]
+    torch.testing.assert_close(errors, seen[0].detach())
+    for t in range(3):
+        obs, after = (join_tiles(patches, index[:, k]) for k in (t, t + 1))
+        m = model.moving_dim
+        moved = model.predict_next(model.encode(obs), actions[:, t])[:, :m]
+        other = model.encode(join_tiles(patches, index[:, -1]))[:, m:]
+        by_hand = (join(moved, other) - model.encode_target(after)).square().sum(1)
+        torch.testing.assert_close(errors[:, t], by_hand.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_large_errors_weigh_by_their_square_root():
+    error = torch.tensor([0.25 - 1e-3, 1 - 1e-3], requires_grad=True)
+    found = weigh_by_error(error)
+    assert found.item() == pytest.approx((0.249 * 0.5 + 0.999 * 1) / 1.5)
+    found.backward()
+    torch.testing.assert_close(error.grad, torch.tensor([1 / 3, 2 / 3]))
+
+
+def test_vicregs_two_terms_by_hand():
+    white = torch.randn(20000, 8, generator=torch.Generator().manual_seed(0))
+    assert vicreg(white - white.mean(0)) < 0.01
+    assert vicreg(torch.zeros(100, 8)) == pytest.approx(0.99)
+    assert vicreg(torch.zeros(100, 8), variance=3) == pytest.approx(3 * 0.99)
+    half = torch.tensor([[0.5], [-0.5]]).repeat(50, 1) * (99 / 100) ** 0.5  # deviation 0.5
+    assert vicreg(half) == pytest.approx(0.5, abs=1e-3)
+    same = 2 * half.expand(-1, 8)  # 8 * 7 covariances of 1, over 8 dims
+    assert vicreg(same, covariance=0.1) == pytest.approx(0.1 * 7, abs=1e-3)
+
+
+def test_a_static_part_that_knows_the_layout_tells_the_places():
+    torch.manual_seed(0)
+    model = JEPAWorldModel()
+    patches, index, _ = batch(B=4, T=2)
+    index[:] = index[:, :1]  # nothing moves
+    truth = model.encoder.embed_patches(patches)[index.flatten(2)].detach()     # (B, T+2, 64, C)
+    scale = 20 / truth.std()
+    model.encoder.embed_patches = (lambda plain: lambda x: plain(x) * scale)(
+        model.encoder.embed_patches)
+    found = {}
+    for name, shown in (("knows", truth * scale), ("of another episode", truth.roll(1, 0) * scale),
+                        ("nothing", torch.zeros_like(truth))):
+        model.dynamics.unfold = (lambda static, shown=shown: shown[:, 0])
+        found[name] = places(model, torch.zeros(4, 4, 80), patches, index).item()
+    assert found["knows"] < 0.1 < found["nothing"] < found["of another episode"]
+
+
+def test_places_of_images_without_tiles_cost_what_the_candidates_cost():
+    model, P = JEPAWorldModel(), 30_000
+    patches = torch.rand(P, 3, 8, 8)
+    index = torch.randperm(P)[:4 * 5 * 64].view(4, 5, 8, 8)
+    static, began = torch.randn(4, 5, 80, requires_grad=True), time.process_time()
+    loss = places(model, static, patches, index)
+    loss.backward()
+    assert time.process_time() - began < 1
+    assert loss > 0 and loss.isfinite() and static.grad.any()
+    assert places(model, static, patches[:1], index * 0) == 0  # one patch is no question
+
+
+def test_the_pointers_learn_the_row_and_column_that_set_a_frame_apart():
+    torch.manual_seed(0)
+    model, T = JEPAWorldModel(), 6
+    profiles = torch.zeros(1, T, 16, 24)
+    for t in range(T):
+        profiles[0, t, t] = profiles[0, t, 8 + 7 - t] = 1.0
+    moving = torch.eye(T, 48)[None] * 10
+    optimizer = torch.optim.Adam(model.dynamics.parameters(), 0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        pointing(model, moving, profiles).backward()
+        optimizer.step()
+    assert model.dynamics.to_row(moving)[0].argmax(1).tolist() == list(range(T))
+    assert model.dynamics.to_column(moving)[0].argmax(1).tolist() == [7 - t for t in range(T)]
+
+
+# ---------------------------------------------------------------------------------------- measures
 def test_spread_and_rank_of_known_latents():
     z = F.normalize(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
     assert latent_spread(z) == pytest.approx(1, abs=0.02)
     assert effective_rank(z) == pytest.approx(64, rel=0.02)
-    collapsed = z[:1].expand(100, -1)
-    assert latent_spread(collapsed) == pytest.approx(0, abs=1e-5)
+    assert latent_spread(z[:1].expand(100, -1)) == pytest.approx(0, abs=1e-5)
     line = torch.linspace(-1, 1, 50)[:, None] * z[:1]
     assert effective_rank(line) == pytest.approx(1, abs=1e-3)
 
 
-def test_hits_at_1_counts_ties_as_misses():
+def test_ties_are_misses():
     candidates = torch.eye(4)
-    assert hits_at_1(candidates, candidates, torch.arange(4)).all()
+    assert hits_at_1(3 * candidates, candidates, torch.arange(4)).all()
     assert not hits_at_1(candidates, candidates, torch.tensor([1, 2, 3, 0])).any()
     assert not hits_at_1(torch.ones(4, 4), candidates, torch.arange(4)).any()
     twins = torch.cat([candidates, candidates[:1]])
     assert hits_at_1(candidates, twins, torch.arange(4)).tolist() == [False, True, True, True]
+    many = F.normalize(torch.randn(2500, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert hits_at_1(many, many, torch.arange(2500)).float().mean() > 0.99  # more than a chunk
 
 
+# ----------------------------------------------------------------------------- checkpoints, devices
 def test_checkpoint_round_trip(model, tmp_path):
-    path = tmp_path / "model.pt"
+    path, (_, _, pixels) = tmp_path / "model.pt", images(3)
     save_checkpoint(path, model, model.state_dict(), **REST)
     loaded = load_checkpoint(path)
-    _, _, obs = images(3)
     assert type(loaded) is type(model) and not loaded.training
-    assert torch.equal(loaded.encode(obs), model.encode(obs))
+    assert torch.equal(loaded.encode(pixels), model.encode(pixels))
     assert torch.load(path, weights_only=True)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
@@ -152,39 +317,39 @@ class Bomb:
 
 
 def test_bad_checkpoints_are_one_sentence(tmp_path):
-    path = tmp_path / "model.pt"
-    good = tmp_path / "good.pt"
-    model = JEPAWorldModel()
+    path, good, model = tmp_path / "model.pt", tmp_path / "good.pt", JEPAWorldModel()
     save_checkpoint(good, model, model.state_dict(), **REST)
     contents = torch.load(good, weights_only=True)
-    cases = {
-        "truncated": good.read_bytes()[:-5000],
-        "text": b"not a checkpoint",
-        "empty": b"",
-        "bomb": pickle.dumps(Bomb()),
-    }
-    huge = {**contents["arguments"], "latent_dim": 10**7, "hidden_dim": 10**7}  # would need 400 TB
-    nan = {**contents["model"], "same_state": torch.tensor(math.nan)}
-    for broken in ({**contents, "format": 99}, {**contents, "objective": "nothing"}, [1, 2],
-                   {**contents, "arguments": {"latent_dim": -1}}, {**contents, "model": {}},
-                   {**contents, "arguments": huge}, {**contents, "model": nan},
-                   {**contents, "data": None}, {**contents, "epoch": "3"}):
+    cases = {"truncated": good.read_bytes()[:-5000], "text": b"no", "empty": b"",
+             "bomb": pickle.dumps(Bomb())}
+    arguments, weights = contents["arguments"], contents["model"]
+    huge = {**arguments, "latent_dim": 10**7, "hidden_dim": 10**7}  # would need 400 TB
+    for name, broken in {
+            "zipped bomb": {**contents, "rest": Bomb()}, "a list": [1, 2],
+            "format": {**contents, "format": 99}, "objective": {**contents, "objective": "nothing"},
+            "negative": {**contents, "arguments": {"latent_dim": -1}},
+            "unknown": {**contents, "arguments": {**arguments, "depth": 3}},
+            "mismatch": {**contents, "arguments": {**arguments, "hidden_dim": 64}},
+            "huge": {**contents, "arguments": huge}, "no weights": {**contents, "model": {}},
+            "nan": {**contents, "model": {**weights, "same_state": torch.tensor(math.nan)}},
+            "data": {**contents, "data": None}, "epoch": {**contents, "epoch": "3"}}.items():
         torch.save(broken, path)
-        cases[str(len(cases))] = path.read_bytes()
+        cases[name] = path.read_bytes()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # a bomb of another kind
         with zipfile.ZipFile(good) as original:
             for name in original.namelist():
                 archive.writestr(name, original.read(name))
-        archive.writestr("archive/data/999", bytes(10**8))
+        archive.writestr("archive/data/999", bytes(10**7))
     cases["deflated"] = path.read_bytes()
     path.unlink()
     with pytest.raises(CheckpointError, match=r"model\.pt is missing: run python3 train_jepa\.py$"):
         load_checkpoint(path)
-    for data in cases.values():
+    for name, data in cases.items():
         path.write_bytes(data)
-        with pytest.raises(CheckpointError, match=r"model\.pt .*: move it away and run") as e:
+        with pytest.raises(CheckpointError, match=r"model\.pt .*: move it away and run") as stop:
             load_checkpoint(path)
-        assert "\n" not in str(e.value)
+            pytest.fail(name)
+        assert "\n" not in str(stop.value), name
 
 
 def test_mutated_checkpoints_give_equal_weights_or_an_error(tmp_path):
@@ -194,10 +359,10 @@ def test_mutated_checkpoints_give_equal_weights_or_an_error(tmp_path):
     save_checkpoint(path, model, model.state_dict(), **REST)
     content, expected, equal = path.read_bytes(), model.state_dict(), 0
     with zipfile.ZipFile(path) as archive:
-        places = [(m.header_offset, m.file_size) for m in archive.infolist()]
+        members = [(m.header_offset, m.file_size) for m in archive.infolist()]
     trials = int(os.environ.get("MUTATIONS", 300))
     for _ in range(trials):
-        path.write_bytes(mutated(content, rng, places))
+        path.write_bytes(mutated(content, rng, members))
         try:
             loaded = load_checkpoint(path).state_dict()
         except CheckpointError as error:
@@ -208,78 +373,11 @@ def test_mutated_checkpoints_give_equal_weights_or_an_error(tmp_path):
     assert 0 < equal < 0.9 * trials  # both outcomes were met
 
 
-def test_maxima_are_those_of_each_line():
-    features, lines = torch.randn(9, 5), torch.randint(9, (4, 6, 3))
-    torch.testing.assert_close(maxima(features, lines), features[lines].amax(2))
-
-
-def test_both_parts_have_equal_norms_and_the_static_one_passes_through(model):
-    _, _, obs = images(5)
-    z = model.encode(obs)
-    every = model.predict_next(z[:, None], torch.arange(7))             # (5, 7, 128)
-    for latents in (z, every):
-        moving = latents[..., :model.moving_dim].norm(dim=-1)
-        torch.testing.assert_close(moving, torch.full_like(moving, math.sqrt(0.5)))
-    static = z[:, None, model.moving_dim:].expand(-1, 7, -1)
-    torch.testing.assert_close(every[..., model.moving_dim:], static)
-    torch.testing.assert_close(every[2, 3], model.predict_next(z[2:3], torch.tensor([3]))[0])
-
-
-def test_vicreg_by_hand():
-    even = torch.tensor([[1., 1], [1, -1], [-1, 1], [-1, -1]]) * math.sqrt(0.75)
-    assert vicreg(even).item() == pytest.approx(0, abs=1e-4)            # variance 1, covariance 0
-    assert vicreg(torch.zeros(4, 2), variance=2).item() == pytest.approx(1.98, abs=0.001)
-    twins = even[:, :1].expand(-1, 2)
-    assert vicreg(twins, covariance=0.5).item() == pytest.approx(0.5, abs=1e-3)  # 2 * 1 / 2 dims
-
-
-def test_large_errors_weigh_more():
-    error = torch.tensor([0.0, 1.0])
-    weight = (error + 1e-3).sqrt()
-    assert weigh_by_error(error).item() == pytest.approx((weight[1] / weight.sum()).item())
-
-
-def test_the_parts_are_joined_on_the_sphere():
-    z = join(torch.randn(3, 1, 4), torch.randn(3, 2, 6))
-    torch.testing.assert_close(z.norm(dim=-1), torch.ones(3, 2))
-
-
-def test_places_teach_the_map_what_stands_where():
-    """Learning by `places` alone, the map tells a layout that only the static part can know; and
-    many patches cost no more than the candidates."""
-    torch.manual_seed(0)
-    model = JEPAWorldModel()
-    tiles, index, _ = images(8)
-    windows = index[:, None].expand(-1, 4, -1, -1)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    errors = []
-    for _ in range(60):
-        z = model.encoder.from_patches(tiles, index)[0]
-        static = model.dynamics.parts(z)[1][:, None].expand(-1, 4, -1)
-        loss = places(model, static, tiles, windows)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        errors.append(loss.item())
-    assert errors[-1] < 0.5 * errors[0]
-    patches = torch.rand(5000, 3, 8, 8)
-    some = torch.randint(5000, (8, 4, 8, 8))
-    assert places(model, static.detach(), patches, some).isfinite()
-
-
-@pytest.mark.parametrize("row, column", [(0, 0), (3, 5), (7, 2)])
-def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, column):
-    dynamics = JEPAWorldModel().dynamics
-    features = 8
-    with torch.no_grad():
-        for layer in (dynamics.to_row, dynamics.to_column, dynamics.to_map):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
-        dynamics.to_map.bias.normal_()
-        maps = dynamics.to_map.bias.view(8, 8, features)
-        moving, static = torch.randn(2, 3, 48), torch.randn(2, 3, 80)
-        seen = dynamics.glimpse(moving, static).view(2, 3, 3, 3, features)
-    padded = F.pad(maps, (0, 0, 1, 1, 1, 1))  # nothing stands beyond the border
-    expected = padded[row:row + 3, column:column + 3].flip(0, 1)  # last row, last column first
-    torch.testing.assert_close(seen, expected.expand(2, 3, -1, -1, -1))
+def test_processes_of_torchrun_without_cuda_take_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device().type == "mps"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert pick_device().type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device().type == "cuda"

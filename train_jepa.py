@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -82,20 +83,17 @@ RULES = {  # what the settings may be: (kind, least, most)
 def settings():
     """The constants that decide what a run computes, as plain numbers: kept in the checkpoint to
     tell runs apart. Raises DataError, one sentence, at a setting that makes no sense."""
-    if OBJECTIVE not in MODELS:
+    if not isinstance(OBJECTIVE, str) or OBJECTIVE not in MODELS:
         raise DataError(f"OBJECTIVE is {OBJECTIVE!r}: make it one of {', '.join(MODELS)} in "
                         "train_jepa.py")
     values = {"OBJECTIVE": OBJECTIVE}
     for name, (kind, least, most) in RULES.items():
         value = globals()[name]
-        try:
-            plain = kind(value)
-        except (TypeError, ValueError):
-            plain = None
-        if isinstance(value, bool) or plain is None or plain != value or not least <= plain <= most:
+        good = isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+        if not good or kind(value) != value:
             raise DataError(f"{name} is {value!r}: make it a {'whole ' * (kind is int)}number from "
                             f"{least} to {most} in train_jepa.py")
-        values[name] = plain
+        values[name] = kind(value)
     if not MOVING_DIM < LATENT_DIM:
         raise DataError(f"MOVING_DIM is {MOVING_DIM}: make it less than LATENT_DIM ({LATENT_DIM}) "
                         "in train_jepa.py")
@@ -168,7 +166,7 @@ def train(path, device):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                   LEARNING_RATE, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=max(EPOCHS * len(batches), 10), pct_start=0.1)
+        optimizer, LEARNING_RATE, total_steps=max(EPOCHS * len(batches), 20), pct_start=0.1)
     weights = {"prediction": 1, "places": PLACES_WEIGHT, "spread": SPREAD_WEIGHT,
                "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT}
     done, step, history = 0, 0, []
@@ -354,7 +352,7 @@ def join_processes():
 def main():
     path = HERE / f"{OBJECTIVE}_world_model.pt"
     try:
-        settings()
+        globals().update(settings())  # plain numbers from here on, whatever a driver has set
         join_processes()
         device = pick_device()
         say(f"Using device: {device}" + (

@@ -30,7 +30,6 @@ from world_model_jepa import (
     maxima,
     pick_device,
     places,
-    pointing,
     save_checkpoint,
     vicreg,
     weigh_by_error,
@@ -176,26 +175,6 @@ def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
             assert p.grad is not None and p.grad.any(), name
 
 
-def test_each_term_shapes_what_it_is_for():
-    torch.manual_seed(0)
-    model = JEPAWorldModel()
-    terms, _ = compute_losses(model, *batch())
-    assert list(terms) == ["prediction", "places", "spread", "smoothness", "pointing"]
-    shapes = {}
-    for name, term in terms.items():
-        grads = torch.autograd.grad(term, [p for p in model.parameters() if p.requires_grad],
-                                    retain_graph=True, allow_unused=True)
-        names = [n for n, p in model.named_parameters() if p.requires_grad]
-        shapes[name] = {n for n, g in zip(names, grads) if g is not None and g.any()}
-    of = {part: {n for n in shapes["prediction"] | shapes["places"] if n.startswith(part)}
-          for part in ("encoder.moving", "encoder.static", "dynamics.mlp", "dynamics.to_map")}
-    assert of["encoder.moving"] | of["dynamics.mlp"] <= shapes["prediction"]
-    assert of["encoder.static"] | of["dynamics.to_map"] <= shapes["places"]
-    assert of["encoder.moving"] | of["encoder.static"] <= shapes["spread"] & shapes["smoothness"]
-    assert shapes["pointing"] == {f"dynamics.{layer}.{p}" for layer in ("to_row", "to_column")
-                                  for p in ("weight", "bias")}
-
-
 def test_prediction_is_the_weighted_error_of_the_true_and_the_imagined_start(monkeypatch):
     torch.manual_seed(0)
     model, seen = JEPAWorldModel(), []
@@ -261,22 +240,6 @@ def test_places_of_images_without_tiles_cost_what_the_candidates_cost():
     assert time.process_time() - began < 1
     assert loss > 0 and loss.isfinite() and static.grad.any()
     assert places(model, static, patches[:1], index * 0) == 0  # one patch is no question
-
-
-def test_the_pointers_learn_the_row_and_column_that_set_a_frame_apart():
-    torch.manual_seed(0)
-    model, T = JEPAWorldModel(), 6
-    profiles = torch.zeros(1, T, 16, 24)
-    for t in range(T):
-        profiles[0, t, t] = profiles[0, t, 8 + 7 - t] = 1.0
-    moving = torch.eye(T, 48)[None] * 10
-    optimizer = torch.optim.Adam(model.dynamics.parameters(), 0.05)
-    for _ in range(100):
-        optimizer.zero_grad()
-        pointing(model, moving, profiles).backward()
-        optimizer.step()
-    assert model.dynamics.to_row(moving)[0].argmax(1).tolist() == list(range(T))
-    assert model.dynamics.to_column(moving)[0].argmax(1).tolist() == [7 - t for t in range(T)]
 
 
 # ---------------------------------------------------------------------------------------- measures

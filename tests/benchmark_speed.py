@@ -35,6 +35,7 @@ sys.path.insert(0, str(REPO))
 import collect_minigrid_data  # noqa: E402
 import minigrid_dataset  # noqa: E402
 import train_jepa  # noqa: E402
+import world_model_jepa  # noqa: E402
 
 ROUNDS = 5
 SCALES = (10_000, 100_000)  # transitions; 1_000_000 takes some 8 minutes more
@@ -289,8 +290,7 @@ def bench_feeding(folder):
     arrays = dict(np.load(folder / "plain.npz"))
     data = minigrid_dataset.load_transitions(folder / "plain.npz")
     windows = minigrid_dataset.WindowBatches(data, np.unique(data.episode), 8, 32, 0, 10)
-    ours = DataLoader(minigrid_dataset.MiniGridTransitionDataset(folder / "plain.npz"), 256,
-                      shuffle=True, collate_fn=minigrid_dataset._take_whole)
+    ours = minigrid_dataset.make_dataloader(folder / "plain.npz", 256)
     loaders = [DataLoader(PlainDataset(arrays), 256, shuffle=True), ours, windows]
     plain, pixels, maps = zip(*[[
         seconds(lambda: [None for _, _ in zip(range(10), loader)]) / 10 * 1e3
@@ -331,7 +331,6 @@ def serve(pipe, fast, path):
         return default_collate([dataset[t] for t in numbers[i % 16].tolist()])
 
     if fast:
-        train_jepa.keep_memory()
         model = model.to(memory_format=torch.channels_last)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         for layer in (*model.encoder, *model.target):
@@ -396,9 +395,8 @@ def bench_tutorial_step(folder):
 
 
 def bench_step(folder):
-    """One step of JointStage: as it is, with an encoder that convolves every frame's pixels, and
-    the multiplications of both at the rate of a large matrix product."""
-    train_jepa.keep_memory()
+    """One training step: as it is, with an encoder that convolves every frame's pixels, and the
+    multiplications of both at the rate of a large matrix product."""
     data = minigrid_dataset.load_transitions(
         folder / "data" / collect_minigrid_data.data_path().name)
     each = train_jepa.BATCH_SIZE * train_jepa.WINDOW / 1e6
@@ -406,29 +404,30 @@ def bench_step(folder):
     def stepper(on_pixels):
         torch.manual_seed(0)
         model = train_jepa.new_model(data)
-        for encoder in (model.encoder, model.target_encoder) if on_pixels else ():
-            def from_tiles(tiles, index, encoder=encoder):
-                where, what = (x.movedim(1, 3) for x in encoder.look(
-                    minigrid_dataset.join_tiles(tiles, index)))
-                profiles = encoder.profiles(where)
-                return encoder.join(profiles, encoder.still(what.flatten(1))), profiles
-            encoder.from_tiles = from_tiles
-        stage = train_jepa.JointStage(model, data, np.unique(data.episode))
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-        losses = stage.losses(1)
+        losses = world_model_jepa.Losses(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3,
+                                      fused=True)
+        batches = minigrid_dataset.WindowBatches(
+            data, np.unique(data.episode), train_jepa.WINDOW, train_jepa.BATCH_SIZE, 0, 10)
+        batches = iter(batches)
 
         def step():
-            loss = next(losses)[0]
+            batch = next(batches)
+            patches = minigrid_dataset.to_float(batch["patches"])
+            if on_pixels:  # every patch of every frame by itself
+                frames = minigrid_dataset.join_tiles(patches, batch["index"].flatten(0, 1))
+                patches, index = world_model_jepa.cut(frames, patches.shape[-1])
+                batch["index"] = index.unflatten(0, batch["index"].shape[:2])
+            terms, _ = losses(patches, batch["index"], batch["actions"])
             optimizer.zero_grad()
-            loss.backward()
+            sum(terms.values()).backward()
             optimizer.step()
             model.update_target_encoder()
-            return loss.item()
 
         return step
 
     plain, ours = stepper(True), stepper(False)
-    print(f"    losses of a step on pixels {plain():.6f}, ours {ours():.6f}")
+    plain(), ours()
     many, few = flops(plain), flops(ours)
     times = []
     for _ in range(ROUNDS + 1):

@@ -368,8 +368,8 @@ class WindowBatches:
         for b in range(len(self)):
             visited = visits[b * self.batch_size :][: self.batch_size]
             largest = F.pad(self.errors, (0, T - 1)).unfold(0, T, 1).amax(1)[self.starts]
-            odds = largest.double().cumsum(0)
-            drawn = np.searchsorted(odds, rng.random(len(visited) // 2) * odds[-1].item())
+            odds = largest.double().cumsum(0).numpy()
+            drawn = np.searchsorted(odds, rng.random(len(visited) // 2) * odds[-1])
             starts = np.concatenate([visited[len(drawn) :], self.starts[drawn]])
             steps, last = starts[:, None] + np.arange(T + 1), ends[starts][:, None]
             random = rng.integers(data.num_actions, size=(len(starts), T))

@@ -50,7 +50,7 @@ from world_model_jepa import (
 # Settings: edit and rerun
 # ---------------------------------------------------------------------------------------------
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 8                 # passes over the data
+EPOCHS = 12                # passes over the data
 BATCH_SIZE = 32            # windows a batch
 WINDOW = 8                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)

@@ -380,35 +380,53 @@ def known_windows(arrays, batches):
     first = np.cumsum([0, *LENGTHS])
     found = []
     for batch in batches:
-        assert batch.keys() == {"patches", "index", "actions"}
+        assert batch.keys() == {"patches", "index", "actions", "steps"}
         B, T = batch["actions"].shape
-        assert batch["index"].shape == (B, T + 1, 4, 5)
+        assert batch["index"].shape == (B, T + 2, 4, 5)
         assert batch["index"].dtype == batch["actions"].dtype == torch.int64
         # Distinct patches, all of this batch and no others.
         assert len(batch["patches"].unique(dim=0)) == len(batch["patches"])
         assert torch.equal(batch["index"].unique(), torch.arange(len(batch["patches"])))
-        for maps, actions in zip(batch["index"], batch["actions"].tolist(), strict=True):
+        for maps, actions, steps in zip(batch["index"], batch["actions"].tolist(),
+                                        batch["steps"].tolist(), strict=True):
             pixels = md.join_tiles(batch["patches"], maps).permute(0, 2, 3, 1).numpy()
             t = actions[0]
             end = first[arrays["episode"][t] + 1]
             past = max(0, t + T - end)
             assert past == 0 or arrays["terminated"][end - 1]
             assert actions[: T - past] == list(range(t, t + T - past))
+            assert steps == [*range(t, t + T - past), *[-1] * past]
             assert all(0 <= action < 40 for action in actions)
             assert np.array_equal(pixels[: T - past], arrays["obs"][t : t + T - past])
-            for image in pixels[T - past :]:  # the frame after the last step, and its repeats
+            for image in pixels[T - past : -1]:  # the frame after the last step, and its repeats
                 assert np.array_equal(image, arrays["next_obs"][t + T - past - 1])
+            own = arrays["next_obs"][arrays["episode"] == arrays["episode"][t]]
+            assert (own == pixels[-1]).all((1, 2, 3)).any()  # another moment of the episode
             found.append((t, past))
     return found
 
 
 def test_window_batches_show_the_right_frames(windowed):
     arrays, data = windowed
-    batches = md.WindowBatches(data, range(8), window=4, batch_size=2, seed=0, absorbing=False)
-    assert len(batches) == len(list(batches)) == 3  # six episodes are long enough
+    batches = md.WindowBatches(data, range(8), window=4, batch_size=1, seed=0)
+    assert len(batches) == len(list(batches)) == 7  # of eight, one is too short
     found = known_windows(arrays, batches)
-    assert sorted(arrays["episode"][t] for t, _ in found) == [1, 2, 3, 4, 6, 7]
-    assert all(past == 0 for _, past in found)
+    assert sorted(arrays["episode"][t] for t, _ in found) == [1, 2, 3, 4, 5, 6, 7]
+    known_windows(arrays, md.WindowBatches(data, range(8), 4, 4, 0, windows_per_episode=20))
+
+
+def test_half_of_a_batch_is_drawn_by_the_last_errors(windowed):
+    _, data = windowed
+    batches = md.WindowBatches(data, range(8), 4, 4, seed=0, windows_per_episode=40)
+    shares = []
+    for noted in (False, True):
+        if noted:  # only transition 16 is not known yet
+            batches.note_errors({"steps": torch.arange(40)[None]},
+                                (torch.arange(40) == 16).float()[None])
+        shares.append(np.mean([(batch["steps"] == 16).any(1).float().mean() for batch in batches]))
+    assert shares[0] < 0.3 and shares[1] > 0.5
+    batches.note_errors({"steps": torch.tensor([[16, -1]])}, torch.tensor([[0.5, 9.0]]))
+    assert batches.errors[16] == 0.5 and batches.errors.max() == 0.5  # past an end: not noted
 
 
 def test_windows_run_past_a_terminal_state(windowed):
@@ -457,9 +475,9 @@ def test_window_order_is_a_function_of_seed_and_epoch(windowed):
 
 
 @pytest.mark.parametrize("batch_size, episodes, sizes", [
-    (4, range(8), [4]), (3, range(8), [3, 3]), (50, range(8), [6]), (1, [3], [1])])
+    (4, range(8), [4]), (3, range(8), [3, 3]), (50, range(8), [7]), (1, [3], [1])])
 def test_only_a_single_batch_may_be_incomplete(windowed, batch_size, episodes, sizes):
-    batches = md.WindowBatches(windowed[1], episodes, 4, batch_size, 0, absorbing=False)
+    batches = md.WindowBatches(windowed[1], episodes, 4, batch_size, 0)
     assert len(batches) == len(sizes) and [len(batch["actions"]) for batch in batches] == sizes
 
 

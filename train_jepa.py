@@ -113,6 +113,8 @@ def rank():
 def collect_first(reason):
     """Process 0 collects what the constants of collect_minigrid_data.py say, the others wait."""
     say(f"{reason}: collecting it first")
+    if dist.is_initialized():
+        dist.barrier()  # all have looked for the file before there is one
     if rank() == 0:
         collect.main()
     if dist.is_initialized():

@@ -349,8 +349,10 @@ def encode_shared(encoder, patches, index):
     every process has the losses and gradients of the whole batch."""
     if not dist.is_initialized():
         return encoder.from_patches(patches, index)
-    own = index.chunk(dist.get_world_size())[dist.get_rank()]
-    return [torch.cat(dist.nn.all_gather(x.contiguous()))
+    world = dist.get_world_size()
+    rows = torch.arange(-(-len(index) // world) * world, device=index.device) % len(index)
+    own = index[rows].chunk(world)[dist.get_rank()]  # equal shares: the first frames twice
+    return [torch.cat(dist.nn.all_gather(x.contiguous()))[:len(index)]
             for x in encoder.from_patches(patches, own)]
 
 

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # not pyplot: a notebook's backend stays as it is
-from minigrid.core.world_object import Goal, Wall
+from minigrid.core.world_object import Goal, Wall, WorldObj
+from minigrid.envs.babyai.core.verifier import Instr, ObjDesc
 from tqdm import tqdm
 
 import collect_minigrid_data as collect
@@ -190,7 +191,7 @@ class World:
     def __init__(self, env_id, tile_size):
         self.env_id, self.tile_size = env_id, tile_size
         self.plain = collect.fast_is_right(env_id, tile_size)
-        env = collect.make_env(env_id) if self.plain else collect.stock_env(env_id, tile_size)
+        env = collect.make_env(env_id) if self.plain else collect.registered_env(env_id)
         self.env, self.inner, self.num_actions = env, env.unwrapped, int(env.action_space.n)
         self.random = self.is_random()
 
@@ -199,13 +200,14 @@ class World:
         self.env.reset(seed=collect.env_seed(SEED, number))
         if pose:
             self.inner.agent_pos, self.inner.agent_dir = pose[:2], pose[2]
-        self.recorder, self.things = collect.Recorder(), []
-        left = list(self.inner.grid.grid)
-        while left:  # doors and whatever else may change in place, and what boxes hold
+        self.recorder, things = collect.Recorder(), {}
+        left = [*self.inner.grid.grid, *vars(self.inner).values()]
+        while left:  # what changes in place: doors, what boxes hold, how far BabyAI's mission is
             thing = left.pop()
-            if thing is not None and type(thing) not in (Wall, Goal):
-                self.things.append(thing)
-                left.append(thing.contains)
+            if isinstance(thing, WorldObj | Instr | ObjDesc) and id(thing) not in things:
+                things[id(thing)] = thing
+                left += vars(thing).values()
+        self.things = [thing for thing in things.values() if type(thing) not in (Wall, Goal)]
 
     def image(self):
         """(H, W, 3) uint8, as RGBImgObsWrapper shows it."""
@@ -247,13 +249,13 @@ class World:
         return False
 
 
-def reach(world, walking=False, most=10_000):
+def reach(world, walking=False):
     """Breadth-first search with all actions from the state that the world is in -> {key: (shortest
     list of actions, what `restore` takes)}, nearest first, without what ends the episode.
-    walking: only where nothing but the agent's pose differs from the first state.
-    most: a bound, as keys that may be laid down anywhere make very many states.
+    walking: only where nothing but the agent's pose differs from the first state. Ends at 10,000
+    states, as keys may be laid down anywhere, or 1,000 where each has to be drawn to be known.
     """
-    start, grid = world.key(), world.recorder.grid
+    start, grid, most = world.key(), world.recorder.grid, 10_000 if world.plain else 1_000
     tree, queue = {start: ([], world.save())}, deque([start])
     while queue and len(tree) < most:
         path, saved = tree[queue.popleft()]
@@ -267,8 +269,8 @@ def reach(world, walking=False, most=10_000):
     return tree
 
 
-# Poses (x, y, direction), image (H, W, 3) uint8, list of actions.
-Task = namedtuple("Task", "number start goal goal_image oracle")
+# Poses (x, y, direction), image (H, W, 3) uint8, list of actions; does it unlock a door?
+Task = namedtuple("Task", "number start goal goal_image oracle unlocks")
 
 
 def make_task(world, number):
@@ -277,6 +279,7 @@ def make_task(world, number):
     rng = np.random.default_rng((SEED, number))
     starts = list(reach(world, walking=True).values())
     world.restore(starts[rng.integers(len(starts))][1])
+    locked = [thing for thing in world.things if getattr(thing, "is_locked", False)]
     start, shown, tree = world.pose(), world.key()[0], reach(world)
     goals = [key[0] for key in tree if key[0] != shown]
     if not goals:
@@ -285,7 +288,8 @@ def make_task(world, number):
     # The nearest that looks so, as an image does not show what is in hand.
     oracle, saved = next(node for key, node in tree.items() if key[0] == goal)
     world.restore(saved)
-    return Task(number, start, world.pose(), world.image(), oracle)
+    unlocks = not all(door.is_locked for door in locked)
+    return Task(number, start, world.pose(), world.image(), oracle, unlocks)
 
 
 def to_image(frame):
@@ -339,8 +343,8 @@ def oracle_policy(task, obs, goal_obs, step):
 def summarise(name, attempts):
     """The attempts of one row -> the dict that the table and plan.json show."""
     by_task = [{"oracle_steps": len(a["task"].oracle), "steps": a["steps"], "success": a["success"],
-                "pickup": PICKUP in a["task"].oracle, "toggle": TOGGLE in a["task"].oracle}
-               for a in attempts]
+                "toggle": TOGGLE in a["task"].oracle, "key": a["task"].unlocks,
+                "carried thing": PICKUP in a["task"].oracle} for a in attempts]
     success, steps, shortest = ([t[key] for t in by_task]
                                 for key in ("success", "steps", "oracle_steps"))
     decisions = [s for a in attempts for s in a["seconds"]]
@@ -368,7 +372,7 @@ def compare(world, models):
         "JEPA, CEM": (search(jepa, plan_with_cem), few),
         "untrained, search": (search(untrained), few),
         "random policy": (partial(wander, jepa, useful), tasks),
-        "oracle of one future" if world.random else "oracle": (oracle_policy, tasks),
+        "path of one future" if world.random else "oracle": (oracle_policy, tasks),
     }
     attempts = {name: [attempt(world, task, policy) for task in tqdm(some, name, leave=False)]
                 for name, (policy, some) in policies.items()}
@@ -378,13 +382,13 @@ def compare(world, models):
 def print_table(world, rows):
     print(f"{world.env_id}: from one state to another, told by an image only")
     if world.random:
-        print("This world is random: the oracle knows one future, which need not come about")
+        print("This world is random: no oracle, only the path of one future, which need not come")
     print(f"\n{'':24s}   tasks   success     SPL   actions   s / decision")
     for r in rows:
         per = "" if r["seconds_per_decision"] is None else f"{r['seconds_per_decision']:.3f}"
         print(f"{r['name']:24s} {r['tasks']:7d} {r['success_rate']:9.3f} {r['spl']:7.3f} "
               f"{r['mean_steps']:9.1f} {per:>14s}")
-    for need in ("toggle", "pickup"):
+    for need in ("toggle", "key", "carried thing"):
         solved = [t["success"] for t in rows[0]["by_task"] if t[need]]
         if solved:
             print(f"{rows[0]['name']} solves {sum(solved)} of {len(solved)} tasks with a {need}")

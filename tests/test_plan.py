@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 from minigrid.minigrid_env import MiniGridEnv
@@ -248,6 +249,38 @@ def test_tasks_are_reproducible_and_solved_by_the_oracle(env_id, count):
         assert done["success"] and done["steps"] == len(task.oracle) > 0
 
 
+@pytest.mark.parametrize("env_id", ["BabyAI-PickupDist-v0", "BabyAI-PutNextLocalS5N3-v0"])
+def test_how_far_a_mission_has_come_is_kept_and_put_back(env_id):
+    world, rng = World(env_id, 4), np.random.default_rng(0)
+    instr = world.inner.instrs
+    parts = [instr, *(its for its in vars(instr).values() if type(its).__name__ == "ObjDesc")]
+    saved, before, changed = world.save(), [dict(vars(part)) for part in parts], 0
+    for _ in range(200):
+        world.env.step(rng.integers(7))
+        changed += [dict(vars(part)) for part in parts] != before
+        world.restore(saved)
+        assert [dict(vars(part)) for part in parts] == before
+        world.env.step(rng.integers(7))
+        saved, before = world.save(), [dict(vars(part)) for part in parts]
+    assert changed
+
+
+@pytest.mark.parametrize("env_id, toggle, key, carried", [
+    ("MiniGrid-FourRooms-v0", False, False, False),
+    ("MiniGrid-MultiRoom-N2-S4-v0", True, False, False),
+    ("MiniGrid-DoorKey-5x5-v0", True, True, True)])
+def test_what_tasks_need_is_counted(env_id, toggle, key, carried):
+    world = World(env_id, 4)
+    tasks = [make_task(world, n) for n in range(6)]
+    row = plan.summarise("oracle", [attempt(world, task, plan.oracle_policy) for task in tasks])
+    assert row["success_rate"] == 1
+    for need, there in (("toggle", toggle), ("key", key), ("carried thing", carried)):
+        assert any(task[need] for task in row["by_task"]) == there
+    # A toggle unlocks the door where all doors are locked, and with something in hand only.
+    assert [t["key"] for t in row["by_task"]] == [t["toggle"] and key for t in row["by_task"]]
+    assert all(task["carried thing"] for task in row["by_task"] if task["key"])
+
+
 def test_only_a_stop_in_the_goal_is_success():
     world = World("MiniGrid-Empty-5x5-v0", 4)
     task = next(t for t in (make_task(world, n) for n in range(9)) if len(t.oracle) > 1)
@@ -271,12 +304,12 @@ def test_spl_known_answer():
     assert spl([False], [3], [16]) == 0
 
 
-def save_model(folder, name="jepa", env_id="MiniGrid-Empty-5x5-v0", **metadata):
+def save_model(folder, env_id="MiniGrid-Empty-5x5-v0", num_actions=7, **metadata):
     data = {"metadata": {"env_id": env_id, "tile_size": 4, "seed": 0, **metadata}}
     torch.manual_seed(0)
-    model = JEPAWorldModel(image_size=(20, 20), patch_size=4)
+    model = JEPAWorldModel(image_size=(20, 20), patch_size=4, num_actions=num_actions)
     model.same_state.fill_(0.999)
-    save_checkpoint(folder / f"{name}_world_model.pt", model, model.state_dict(),
+    save_checkpoint(folder / "jepa_world_model.pt", model, model.state_dict(),
                     **{**REST, "data": data})
 
 
@@ -299,6 +332,18 @@ def test_whole_run(tmp_path, monkeypatch, capsys):
         assert (row["seconds_per_decision"] is None) == (name in ("random policy", "oracle"))
         assert name in printed
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_a_random_world_has_no_oracle(tmp_path, monkeypatch, capsys):
+    save_model(tmp_path, "MiniGrid-Dynamic-Obstacles-5x5-v0", num_actions=3)
+    for name, value in {"HERE": tmp_path, "NUM_TASKS": 2, "CONTROL_TASKS": 1,
+                        "MAX_STATES": 20}.items():
+        monkeypatch.setattr(plan, name, value)
+    plan.main()
+    result, printed = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    assert result["random"] and "This world is random: no oracle" in printed
+    assert result["rows"][-1]["name"] == "path of one future"
+    assert not any("oracle" in row["name"] for row in result["rows"])
 
 
 @pytest.mark.parametrize("name, value", [

@@ -333,13 +333,14 @@ class WindowBatches:
 
     Whatever is done in a terminal state leads back to it (Sutton & Barto 2018, section 3.4):
     windows start at every step of an episode that ends with `terminated`, and past its end repeat
-    the last frame under random actions. DataError where no episode has a window."""
+    the last frame under random actions. DataError where no episode has a window, or where
+    it is longer than every episode."""
 
     def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1):
         self.transitions, self.window, self.batch_size = transitions, window, batch_size
         self.seed, self.passes, self.epoch = seed, windows_per_episode, 0
         self.starts = window_starts(transitions, window, episodes, absorbing=True)
-        if not len(self.starts):
+        if not len(self.starts) or window > np.bincount(transitions.episode).max():
             raise DataError(f"{transitions.path} has no {window} steps of one episode in which "
                             "next_obs[t] is obs[t + 1]: lower WINDOW in train_jepa.py, or raise "
                             f"MAX_STEPS_PER_EPISODE and {COLLECT}")

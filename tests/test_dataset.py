@@ -488,6 +488,14 @@ def test_no_window_is_an_error(windowed):
     assert str(data.path) in str(error.value) and "MAX_STEPS_PER_EPISODE" in str(error.value)
 
 
+def test_a_window_is_no_longer_than_the_longest_episode(windowed):
+    """Past a terminal state it would run on for as long as it is asked to."""
+    _, data = windowed
+    md.WindowBatches(data, range(8), max(LENGTHS), 2, 0)
+    with pytest.raises(md.DataError, match=f"has no {max(LENGTHS) + 1} steps of one episode"):
+        md.WindowBatches(data, range(8), max(LENGTHS) + 1, 2, 0)
+
+
 # ---------------------------------------------------------------------------------- damaged files
 
 

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from minigrid.minigrid_env import MiniGridEnv
 
 import collect_minigrid_data
 import inspect_jepa_model as inspection
@@ -146,9 +148,29 @@ def test_strict_hits_of_a_model_that_looks_the_answer_up(monkeypatch):
     assert 30 < counts["states"] <= 36 and scores["chance"]["blocked moves"] < 1 / 30
 
 
-def test_random_worlds_are_told():
-    assert inspection.predictable_share("MiniGrid-DoorKey-5x5-v0") == 1
-    assert inspection.predictable_share("MiniGrid-Dynamic-Obstacles-6x6-v0") < 0.5
+def test_random_worlds_are_told_by_the_simulators_own_score(monkeypatch):
+    """That of a model with one latent for each picture: here it is known what can be reached."""
+    monkeypatch.setattr(inspection, "HORIZON", 3)
+    torch.manual_seed(0)
+    pattern = torch.randn(3 * 20 * 20, 64)
+    model = SimpleNamespace(encode_target=lambda obs: torch.nn.functional.normalize(
+        (obs - 0.5).flatten(1) @ pattern, dim=1))
+
+    def score(world):
+        return inspection.score_simulator(model, world, 4, "cpu")
+
+    world = held_out("MiniGrid-DoorKey-5x5-v0", 20, 4)
+    assert score(world) is None
+    step, coins = MiniGridEnv.step, []
+
+    def slip(self, action):
+        """One step in four, whatever is done, the agent turns left."""
+        coins.append(self.np_random.random() < 0.25)
+        return step(self, 0 if coins[-1] else 2 if action == 2 else 1)
+
+    monkeypatch.setattr(MiniGridEnv, "step", slip)
+    hits = score(world)["hit@1"]
+    assert 0.5 < hits[0] <= 0.9 and hits[2] < hits[0] and 0.2 < np.mean(coins) < 0.3
 
 
 def right(z, y, classes):
@@ -208,21 +230,22 @@ FINE = {"z_std": 0.9, "cosine of neighbours": 0.8, "rank": 80.0, "dims": 128, "e
         "hit@1": [0.95], "hit@1 strict": [0.97]}
 
 
-@pytest.mark.parametrize("change, predictable, word, bad", [
-    ({}, 1.0, "healthy", []),
-    ({"z_std": 0.3, "cosine of neighbours": 0.999}, 1.0, "collapsed", [0]),
+@pytest.mark.parametrize("change, reachable, word, bad", [
+    ({}, None, "healthy", []),
+    ({"z_std": 0.3, "cosine of neighbours": 0.999}, None, "collapsed", [0]),
     ({"z_std": float("nan"), "cosine of neighbours": float("nan")}, None, "collapsed", [0]),
-    ({"z_std": 0.3}, 1.0, "healthy", []),               # near each other, but well apart
-    ({"hit@1": [0.4]}, 1.0, "not learnt yet", [1, 2]),  # no better than the untrained one below
-    ({"hit@1": [None], "hit@1 strict": [None]}, 1.0, "not learnt yet", [1, 2]),
-    ({"hit@1 strict": [0.02]}, 1.0, "not learnt yet", [2]),
+    ({"z_std": 0.3}, None, "healthy", []),               # near each other, but well apart
+    ({"hit@1": [0.4]}, None, "not learnt yet", [1, 2]),  # no better than the untrained one below
+    ({"hit@1": [None], "hit@1 strict": [None]}, None, "not learnt yet", [1, 2]),
+    ({"hit@1 strict": [0.02]}, None, "not learnt yet", [2]),
     ({"hit@1": [0.02]}, 0.1, "random world", []),
     ({"hit@1": [0.02]}, 0.0, "random world", []),
     ({"hit@1": [0.02], "hit@1 strict": [0.1]}, 0.1, "not learnt yet", [2]),
 ])
-def test_verdict(change, predictable, word, bad):
+def test_verdict(change, reachable, word, bad):
     untrained, copied = {"z_std": 0.2, "hit@1": [0.35]}, {"hit@1": [0.0], "hit@1 strict": [0.0]}
-    verdict, reasons = inspection.judge({**FINE, **change}, untrained, copied, predictable)
+    simulator = None if reachable is None else {"hit@1": [reachable]}
+    verdict, reasons = inspection.judge({**FINE, **change}, untrained, copied, simulator)
     assert verdict == word
     assert [i for i, (good, _) in enumerate(reasons) if not good] == bad
     for _, sentence in reasons:
@@ -256,7 +279,6 @@ def test_whole_script(small, capsys):
     assert set(controls) == {"untrained", "copy", "chance", "raw pixels", "majority"}
     assert {"hit@1", "hit@1 strict", "blocked moves", "z_std", "rank",
             "probes", "verdict", "reasons"} <= set(score)
-    assert report["world"]["predictable_share"] == 1
     assert controls["copy"]["hit@1 strict"] == [0] * 10 and controls["copy"]["blocked moves"] == 1
     assert len(score["hit@1"]) == 10 and controls["copy"]["hit@1"] == [0] * 10
     assert controls["chance"]["hit@1"][0] == 1 / report["world"]["candidates"]

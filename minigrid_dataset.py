@@ -323,8 +323,9 @@ def window_starts(transitions, length, episodes=None, absorbing=False):
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
     ones of this batch, index (B, T+2, h, w) int64 into them, and actions (B, T) int64; also steps
-    (B, T) int64, the numbers of the transitions, -1 past an end. The last of the T + 2 frames is
-    not the window's: it is of another moment of the episode, drawn at random.
+    (B, T) int64, the numbers of the transitions, -1 past an end, and frames (B, T+2) int64. The
+    last of the T + 2 frames is not the window's: it is of another moment of the episode, drawn at
+    random. `with_patches` False leaves patches and index out.
 
     An epoch takes `windows_per_episode` passes, and what it draws depends on `seed`, the epoch and
     `errors`. Half of a batch visits the episodes in a new order in each pass, and draws one window
@@ -336,8 +337,10 @@ class WindowBatches:
     the last frame under random actions. DataError where no episode has a window, or where
     it is longer than every episode."""
 
-    def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1):
+    def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1,
+                 with_patches=True):
         self.transitions, self.window, self.batch_size = transitions, window, batch_size
+        self.with_patches = with_patches
         self.seed, self.passes, self.epoch = seed, windows_per_episode, 0
         self.starts = window_starts(transitions, window, episodes, absorbing=True)
         if not len(self.starts) or window > np.bincount(transitions.episode).max():
@@ -380,11 +383,13 @@ class WindowBatches:
                 for x in (steps <= last, np.minimum(steps, last), random, other))
             frames = torch.cat([torch.where(inside, data.obs_index[t], data.next_obs_index[t]),
                                 data.next_obs_index[other][:, None]], 1)
-            tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
             inside, t = inside[:, :-1], t[:, :-1]
-            yield {"patches": data.tiles[tiles.long()], "index": index,
-                   "actions": torch.where(inside, data.actions[t], random),
-                   "steps": torch.where(inside, t, -1)}
+            batch = {"actions": torch.where(inside, data.actions[t], random),
+                     "steps": torch.where(inside, t, -1), "frames": frames}
+            if self.with_patches:
+                tiles, batch["index"] = data.frame_tiles[frames].unique(return_inverse=True)
+                batch["patches"] = data.tiles[tiles.long()]
+            yield batch
 
 
 def main():

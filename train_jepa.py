@@ -38,6 +38,7 @@ from world_model_jepa import (
     MODELS,
     CheckpointError,
     Losses,
+    dynamics_losses,
     effective_rank,
     hits_at_1,
     latent_spread,
@@ -50,7 +51,8 @@ from world_model_jepa import (
 # Settings: edit and rerun
 # ---------------------------------------------------------------------------------------------
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 12                # passes over the data
+EPOCHS = 8                 # passes over the data
+DYNAMICS_EPOCHS = 5        # then of the dynamics alone, on latents that stay: four passes each
 BATCH_SIZE = 32            # windows a batch
 WINDOW = 8                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
@@ -68,7 +70,8 @@ POINTING_WEIGHT = 1.0      # the dynamics look at the place of what moves
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 100            # batches
 RULES = {  # what the settings may be: (kind, least, most)
-    "EPOCHS": (int, 1, 10**6), "BATCH_SIZE": (int, 2, 10**6), "WINDOW": (int, 2, 10**4),
+    "EPOCHS": (int, 1, 10**6), "DYNAMICS_EPOCHS": (int, 0, 10**6),
+    "BATCH_SIZE": (int, 2, 10**6), "WINDOW": (int, 2, 10**4),
     "LEARNING_RATE": (float, 1e-9, 1), "EMA_MOMENTUM": (float, 0, 0.999999),
     "LATENT_DIM": (int, 2, 10**5), "MOVING_DIM": (int, 1, 10**5),
     "VALIDATION_FRACTION": (float, 1e-9, 0.9), "SEED": (int, 0, 2**63 - 1),
@@ -138,15 +141,13 @@ def load_data():
     return data
 
 
-def new_model(data):
+def new_model(data, episodes):
     """A model of OBJECTIVE for the images and actions of `data`, not yet trained."""
     model = MODELS[OBJECTIVE](
         latent_dim=LATENT_DIM, num_actions=data.num_actions, image_size=data.image_size,
         patch_size=data.patch_size, moving_dim=MOVING_DIM)
-    count = torch.zeros(len(data.tiles))
-    for frames in data.frame_tiles.split(4096):
-        count += torch.bincount(frames.flatten().int(), minlength=len(count))
-    model.start_from(data.tiles, count)
+    some = next(iter(WindowBatches(data, episodes, 1, 4096, SEED, windows_per_episode=10)))
+    model.start_from(some["patches"], some["index"])
     return model
 
 
@@ -158,45 +159,41 @@ def train(path, device):
     data = load_data()
     torch.manual_seed(SEED)
     old = previous_run(path, data)
-    model, data = new_model(data).to(device), data.to(device)
     train_episodes, held_out = split_by_episode(data, VALIDATION_FRACTION, SEED)
-    passes = max(1, len(data) // (len(set(data.episode)) * WINDOW))     # to see all transitions
-    batches = WindowBatches(data, train_episodes, WINDOW, BATCH_SIZE, SEED, passes)
-    losses = Losses(model)
-    if dist.is_initialized():
-        losses = DistributedDataParallel(losses, find_unused_parameters=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  LEARNING_RATE, weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=max(EPOCHS * len(batches), 20), pct_start=0.1)
+    model, data = new_model(data, train_episodes).to(device), data.to(device)
     weights = {"prediction": 1, "places": PLACES_WEIGHT, "spread": SPREAD_WEIGHT,
                "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT}
     done, step, history = 0, 0, []
     if old:
         done, step, history = old["epoch"], old["step"], old["history"]
         model.load_state_dict(old["model"])
-        optimizer.load_state_dict(old["optimizer"])
-        schedule.load_state_dict(old["schedule"])
-        batches.errors.copy_(old["errors"])
-        torch.set_rng_state(old["rng_state"])
-        if device.type == "cuda" and old["cuda_rng_state"] is not None:
-            torch.cuda.set_rng_state(old["cuda_rng_state"])
-        say(f"Going on from epoch {done} of {EPOCHS} in {path.name}")
+        say(f"Going on from epoch {done} of {EPOCHS + DYNAMICS_EPOCHS} in {path.name}")
 
-    for epoch in range(done + 1, EPOCHS + 1):
+    for epoch in range(done + 1, EPOCHS + DYNAMICS_EPOCHS + 1):
+        if epoch in (done + 1, EPOCHS + 1):
+            batches, losses, optimizer, schedule = stage(model, data, train_episodes, epoch)
+        if old and epoch == done + 1:
+            torch.set_rng_state(old["rng_state"])
+            if device.type == "cuda" and old["cuda_rng_state"] is not None:
+                torch.cuda.set_rng_state(old["cuda_rng_state"])
+            if epoch != EPOCHS + 1:
+                optimizer.load_state_dict(old["optimizer"])
+                schedule.load_state_dict(old["schedule"])
+                batches.errors.copy_(old["errors"])
         began, total = time.perf_counter(), torch.zeros((), device=device)
         model.train()
         batches.set_epoch(epoch)
         progress = tqdm(batches, f"Epoch {epoch:02d}", leave=False, mininterval=1,
                         disable=rank() > 0)
         for number, batch in enumerate(progress, 1):
-            terms, errors = losses(to_float(batch["patches"]), batch["index"], batch["actions"])
+            terms, errors = losses(batch)
             loss = sum(weights[name] * term for name, term in terms.items())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            model.update_target_encoder(EMA_MOMENTUM)
+            if epoch <= EPOCHS:
+                model.update_target_encoder(EMA_MOMENTUM)
             batches.note_errors(batch, errors)
             total += errors.mean() / LATENT_DIM
             step += 1
@@ -229,6 +226,40 @@ def train(path, device):
         plot_history(HERE / "loss.png", history)
 
 
+def stage(model, data, episodes, epoch):
+    """What an epoch trains by -> batches, a function of a batch that gives its losses and errors,
+    optimizer and schedule. First all learns together; after EPOCHS the encoder is settled, and the
+    dynamics go on with the latents of all frames (as V-JEPA 2-AC: Assran et al. 2025)."""
+    passes = max(1, len(data) // len(set(data.episode)))                # to see all transitions
+    if epoch <= EPOCHS:
+        batches = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, max(1, passes // WINDOW))
+        module, parameters, epochs = Losses(model), model.parameters(), EPOCHS
+        if dist.is_initialized():
+            module = DistributedDataParallel(module)
+
+        def losses(batch):
+            return module(to_float(batch["patches"]), batch["index"], batch["actions"])
+    else:
+        batches = WindowBatches(data, episodes, 1, 2 * WINDOW * BATCH_SIZE, SEED, 4 * passes,
+                                with_patches=False)
+        parameters, epochs = model.dynamics.parameters(), DYNAMICS_EPOCHS
+        frames = torch.arange(len(data.frame_tiles), device=data.actions.device)
+        with torch.no_grad():
+            z = encode_frames(model.encoder, data, frames)
+            target = encode_frames(getattr(model, "target_encoder", model.encoder), data, frames)
+
+        def losses(batch):
+            now, then, other = batch["frames"].T
+            terms, errors = dynamics_losses(
+                model.dynamics, z[now], z[other], target[then], batch["actions"][:, 0])
+            return terms, errors[:, None]
+    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad],
+                                  LEARNING_RATE, weight_decay=1e-4, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=max(epochs * len(batches), 20), pct_start=0.1)
+    return batches, losses, optimizer, schedule
+
+
 def previous_run(path, data):
     """The unfinished checkpoint at `path` if this run continues it, else None.
 
@@ -241,7 +272,7 @@ def previous_run(path, data):
         was = {**old["settings"], "the data": old["data"]["digest"]}
         now = {**settings(), "the data": data.digest}
         changed = [n for n in now if was.get(n) != now[n]]
-        if not changed and old["epoch"] < EPOCHS:
+        if not changed and old["epoch"] < EPOCHS + DYNAMICS_EPOCHS:
             return old
         reason = (f"{changed[0]} was {was.get(changed[0])}, now {now[changed[0]]}" if changed
                   else "it is finished")
@@ -292,9 +323,7 @@ def validate(model, data, episodes):
         0, same, torch.arange(len(used), device=device))
     before, after = same[pair]
     online = encode_frames(model.encoder, data, used[first])
-    target = online
-    if model.objective != "reconstruction":
-        target = encode_frames(model.target_encoder, data, used[first])
+    target = encode_frames(getattr(model, "target_encoder", model.encoder), data, used[first])
     predicted = model.predict_next(online[before], data.actions[starts])
     moved = before != after
 

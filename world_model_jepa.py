@@ -10,6 +10,8 @@ static part what stays. The objective, in one line:
 
     L = prediction + places + spread + smoothness + pointing
 
+Once the encoder has settled, the dynamics go on learning the first term alone.
+
 This module reads and writes nothing but checkpoints.
 """
 
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 
 
 # ---------------------------------------------------------------------------------------------
@@ -98,20 +100,32 @@ class ConvEncoder(nn.Module):
         self.static = nn.Linear(features * h * w, latent_dim - moving_dim)
 
     @torch.no_grad()
-    def start_from(self, patches, counts):
-        """Starts the convolutions with filters that find the patches of the data about
-        equally far apart: random filters of whitened patches (Coates, Ng & Lee 2011). A closed door
-        in the dark differs from floor by a tenth of the range, next to nothing to usual filters.
+    def start_from(self, patches, index, share=0.05):
+        """Starts the convolutions with random filters of whitened patches (Coates, Ng & Lee 2011),
+        which find the patches of the data about equally far apart. A closed door in the dark
+        differs from floor by a tenth of the range, next to nothing to usual filters.
 
-        patches (P, C, p, p) uint8, the distinct ones, and counts (P,), how often each occurs."""
-        x = patches[:10_000].flatten(1) / 255
-        _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        Those of the static part also shrink the directions in which the patches of one place differ
+        from one moment to another (slow feature analysis, Wiskott & Sejnowski 2002): light and the
+        agent come and go, the goal stays. Half is left of one with `share` of the variance.
+
+        patches (P, C, p, p) uint8, the distinct ones, index (B, T+2, h, w) into them: see
+        WindowBatches."""
+        x = patches.flatten(1) / 255
+        counts = torch.bincount(index.flatten(), minlength=len(patches))
+        some = x[:10_000]
+        _, size, axes = torch.linalg.svd(some - some.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
-        for layer in (self.convolution, self.fixed):
-            filters = torch.randn(len(layer.bias), len(size)) * scale @ axes * (
-                len(x) / len(size)) ** 0.5
+        whiten = axes * scale[:, None] * len(some) ** 0.5                   # (d, C * p * p)
+        pairs = torch.stack([index[:, 0].flatten(), index[:, -1].flatten()], 1).unique(dim=0)
+        pairs = pairs[pairs[:, 0] < pairs[:, 1]][:100_000]    # have stood at one place
+        change = (x[pairs[:, 0]] - x[pairs[:, 1]]) @ whiten.T
+        power, axes = torch.linalg.eigh(change.T @ change / max(2 * len(pairs), 1))
+        slow = axes * (1 + power.clamp_min(0) / share) ** -0.5 @ axes.T     # (d, d)
+        for layer, basis in ((self.convolution, whiten), (self.fixed, slow @ whiten)):
+            filters = torch.randn(len(layer.bias), len(basis)) @ basis / len(basis) ** 0.5
             layer.weight.copy_(filters.view_as(layer.weight))
-            layer.bias.copy_(filters @ (0.5 - x.mean(0)))
+            layer.bias.copy_(filters @ (0.5 - some.mean(0)))
         self.average.zero_()
         for some, count in zip(patches.split(4096), (counts / counts.sum()).split(4096)):
             self.average += count @ self.look(self.fixed, some / 255)
@@ -159,8 +173,8 @@ class LatentDynamics(nn.Module):
     first (the attention of DRAW, Gregor et al. 2015): `to_row` and `to_column` point at the place
     of what moves, `to_map` unfolds the static part into a map, and of the map's 3 x 3 patches
     around that place a small network reports `report_dim` numbers to the MLP. "The way is free" is
-    then one rule. More numbers would let the MLP recognise places by their light, which tells
-    nothing once the agent is far from where the static part was seen.
+    then one rule. Few numbers, and noisy ones while they are learnt (Foerster et al. 2016), cannot
+    tell places apart by their light, which helps no more once the agent is far from there.
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
@@ -173,10 +187,11 @@ class LatentDynamics(nn.Module):
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
         self.report = nn.Sequential(nn.Linear(9 * features, 64), nn.ReLU(),
-                                    nn.Linear(64, report_dim), nn.Tanh())
+                                    nn.Linear(64, report_dim))
         self.mlp = nn.Sequential(
-            nn.Linear(moving_dim + action_dim + report_dim, hidden_dim), nn.ReLU(),
-            nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
+            nn.Linear(moving_dim + action_dim + report_dim, hidden_dim),
+            nn.LayerNorm(hidden_dim), nn.SiLU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.SiLU(),
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
 
@@ -188,9 +203,9 @@ class LatentDynamics(nn.Module):
         """(..., S) -> map (..., h * w, features): what stands where."""
         return self.to_map(static).unflatten(-1, (math.prod(self.grid), -1))
 
-    def glimpse(self, moving, static):
-        """(..., M), (..., S) -> (..., 9 * features): the 3 x 3 places around what moves."""
-        maps = self.unfold(static).detach()  # what it shows is for `places` to decide
+    def glimpse(self, moving, maps):
+        """(..., M), (..., h * w, features) -> (..., 9 * features): the 3 x 3 places around what
+        moves."""
         maps = maps.unflatten(-2, self.grid).flatten(-2)                # (..., h, w * features)
         # The pointers at the row before, at and after, and so for columns: (..., 3, h).
         row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
@@ -200,7 +215,11 @@ class LatentDynamics(nn.Module):
 
     def step(self, moving, static, action):
         """(..., M), (..., S), (...) -> next moving part (..., M), coordinates of size about 1."""
-        x = [moving, self.report(self.glimpse(moving, static)), self.action_embedding(action)]
+        maps = self.unfold(static).detach()  # what it shows is for `places` to decide
+        report = self.report(self.glimpse(moving, maps))
+        if self.training:
+            report = report + torch.randn_like(report)
+        x = [moving, report.tanh(), self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
@@ -247,9 +266,9 @@ class JEPAWorldModel(nn.Module):
         # in train_jepa.py.
         self.register_buffer("same_state", torch.tensor(0.95))
 
-    def start_from(self, patches, counts):
+    def start_from(self, patches, index):
         """See ConvEncoder.start_from."""
-        self.encoder.start_from(patches, counts)
+        self.encoder.start_from(patches, index)
         self.target_encoder.load_state_dict(self.encoder.state_dict())
 
     def encode(self, obs):
@@ -312,8 +331,8 @@ class ReconstructionWorldModel(JEPAWorldModel):
         self.to_pixels = nn.ConvTranspose2d(2 * a["channels"], a["in_channels"], a["patch_size"],
                                             stride=a["patch_size"])
 
-    def start_from(self, patches, counts):
-        self.encoder.start_from(patches, counts)
+    def start_from(self, patches, index):
+        self.encoder.start_from(patches, index)
 
     def encode_target(self, obs):
         return self.encoder(obs)
@@ -370,14 +389,11 @@ def compute_losses(model, patches, index, actions):
                    for x in encode_shared(model.encoder, patches, frames))
     moving, static = model.dynamics.parts(z)                # (B, T+2, M), (B, T+2, S)
     moving, profiles, other = moving[:, :-1], profiles[:, :-1], static[:, -1:]
-    drift = (static[:, :1] - other).detach()                # what should stay, but does not quite
-    drift = drift[torch.randperm(B)] + drift[torch.randperm(B)]
-    predicted, imagined = predict_windows(model, moving, other, drift, actions)
+    predicted = join(model.dynamics.step(moving[:, :-1], other.detach(), actions), other)
     if model.objective == "reconstruction":
         frames = patches[index[:, :-1]].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         errors = [(model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean((1, 2, 3))
-                  for x, true in ((z[:, :-1], frames), (predicted, frames[:, 1:]),
-                                  (imagined, frames[:, 2:]))]
+                  for x, true in ((z[:, :-1], frames), (predicted, frames[:, 1:]))]
         return {"prediction": sum(map(weigh_by_error, errors)),
                 "places": places(model, static.detach(), patches, index),
                 "pointing": pointing(model, moving.detach(), profiles)
@@ -388,11 +404,10 @@ def compute_losses(model, patches, index, actions):
     error = (predicted - target).square().sum(-1)           # (B, T)
     if model.objective == "byol":
         return {"prediction": error.mean()}, error.detach()
-    later = (imagined - target[:, 1:]).square().sum(-1)     # (B, T-1)
     within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
     layout = static.mean(1)
     return {
-        "prediction": weigh_by_error(error) + weigh_by_error(later),
+        "prediction": weigh_by_error(error),
         "places": places(model, static, patches, index),
         "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
         "smoothness": 0.4 * moving.diff(dim=1).square().mean()
@@ -401,29 +416,19 @@ def compute_losses(model, patches, index, actions):
     }, error.detach()
 
 
-def predict_windows(model, moving, static, drift, actions, noise=0.3, keep=0.2):
-    """Windows of moving parts (B, T+1, M), another moment's static part (B, 1, S), actions (B, T)
-    -> what is predicted for times 1 .. T from the encoded frame before (B, T, D), and for times
-    2 .. T from a rollout with noise (B, T-1, D). So imagination learns to correct its own errors
-    (scheduled sampling, Bengio et al. 2015). And as the static part of a place far away differs
-    a little, the dynamics see it with `drift` (B, 1, S), by which it differs in other episodes.
+def dynamics_losses(dynamics, z, other, target, actions, noise=0.3):
+    """The prediction term alone, for latents of a settled encoder that are known beforehand.
 
-    keep: how often the rollout goes on from the encoded frame instead.
+    z (B, D), other (B, D) of another moment of the same episode, target (B, D) of the next frame,
+    actions (B,) -> {"prediction": scalar}, errors (B,). `noise` moves z, so that imagination
+    learns to mend its own errors.
     """
-    step, seen = model.dynamics.step, static.detach() + drift
-    seen = F.normalize(seen, dim=-1) * math.sqrt(seen.shape[-1])
-    predicted = step(moving[:, :-1], seen, actions)
-    with torch.no_grad():
-        rollout, x = [], moving[:, 0]
-        for t in range(actions.shape[1] - 1):
-            x = step(x, seen[:, 0], actions[:, t])
-            rollout.append(x)
-            x = torch.where(torch.rand_like(x[:, :1]) < keep, moving[:, t + 1], x)
-        x = torch.stack(rollout, 1)
-        x = x + noise * torch.rand_like(x[..., :1]) * torch.randn_like(x)
-        x = F.normalize(x, dim=-1) * math.sqrt(x.shape[-1])
-    imagined = step(x, seen, actions[:, 1:])
-    return join(predicted, static), join(imagined, static)
+    moving, static = dynamics.parts(z)[0], dynamics.parts(other)[1]
+    moving = moving + noise * torch.rand_like(moving[:, :1]) * torch.randn_like(moving)
+    moving = F.normalize(moving, dim=-1) * math.sqrt(moving.shape[-1])
+    error = dynamics.step(moving, static, actions) - dynamics.parts(target)[0]
+    error = error.square().sum(-1) / (2 * moving.shape[-1])             # of unit-norm latents
+    return {"prediction": weigh_by_error(error)}, error.detach()
 
 
 def weigh_by_error(error):

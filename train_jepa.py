@@ -51,10 +51,10 @@ from world_model_jepa import (
 # Settings: edit and rerun
 # ---------------------------------------------------------------------------------------------
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 8                 # passes over the data
+EPOCHS = 10                # passes over the data
 DYNAMICS_EPOCHS = 5        # then of the dynamics alone, on latents that stay: four passes each
-BATCH_SIZE = 32            # windows a batch
-WINDOW = 8                 # transitions a window: WINDOW + 1 frames are encoded
+BATCH_SIZE = 64            # windows a batch
+WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
 EMA_MOMENTUM = 0.99        # of the target encoder, per step
 LATENT_DIM = 128

@@ -100,32 +100,22 @@ class ConvEncoder(nn.Module):
         self.static = nn.Linear(features * h * w, latent_dim - moving_dim)
 
     @torch.no_grad()
-    def start_from(self, patches, index, share=0.05):
+    def start_from(self, patches, index):
         """Starts the convolutions with random filters of whitened patches (Coates, Ng & Lee 2011),
         which find the patches of the data about equally far apart. A closed door in the dark
         differs from floor by a tenth of the range, next to nothing to usual filters.
 
-        Those of the static part also shrink the directions in which the patches of one place differ
-        from one moment to another (slow feature analysis, Wiskott & Sejnowski 2002): light and the
-        agent come and go, the goal stays. Half is left of one with `share` of the variance.
-
         patches (P, C, p, p) uint8, the distinct ones, index (B, T+2, h, w) into them: see
         WindowBatches."""
-        x = patches.flatten(1) / 255
-        counts = torch.bincount(index.flatten(), minlength=len(patches))
-        some = x[:10_000]
-        _, size, axes = torch.linalg.svd(some - some.mean(0), full_matrices=False)
+        x = patches[:10_000].flatten(1) / 255
+        _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
-        whiten = axes * scale[:, None] * len(some) ** 0.5                   # (d, C * p * p)
-        pairs = torch.stack([index[:, 0].flatten(), index[:, -1].flatten()], 1).unique(dim=0)
-        pairs = pairs[pairs[:, 0] < pairs[:, 1]][:100_000]    # have stood at one place
-        change = (x[pairs[:, 0]] - x[pairs[:, 1]]) @ whiten.T
-        power, axes = torch.linalg.eigh(change.T @ change / max(2 * len(pairs), 1))
-        slow = axes * (1 + power.clamp_min(0) / share) ** -0.5 @ axes.T     # (d, d)
-        for layer, basis in ((self.convolution, whiten), (self.fixed, slow @ whiten)):
-            filters = torch.randn(len(layer.bias), len(basis)) @ basis / len(basis) ** 0.5
+        for layer in (self.convolution, self.fixed):
+            filters = torch.randn(len(layer.bias), len(size)) * scale @ axes * (
+                len(x) / len(size)) ** 0.5
             layer.weight.copy_(filters.view_as(layer.weight))
-            layer.bias.copy_(filters @ (0.5 - some.mean(0)))
+            layer.bias.copy_(filters @ (0.5 - x.mean(0)))
+        counts = torch.bincount(index.flatten(), minlength=len(patches))
         self.average.zero_()
         for some, count in zip(patches.split(4096), (counts / counts.sum()).split(4096)):
             self.average += count @ self.look(self.fixed, some / 255)
@@ -207,9 +197,11 @@ class LatentDynamics(nn.Module):
         """(..., M), (..., h * w, features) -> (..., 9 * features): the 3 x 3 places around what
         moves."""
         maps = maps.unflatten(-2, self.grid).flatten(-2)                # (..., h, w * features)
-        # The pointers at the row before, at and after, and so for columns: (..., 3, h).
-        row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
-                       for x in (self.to_row(moving), self.to_column(moving)))
+        # The pointers at the row before, at and after, and so for columns: (..., 3, h). Where to
+        # look is for `pointing` to decide.
+        with torch.no_grad():
+            row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
+                           for x in (self.to_row(moving), self.to_column(moving)))
         near = (row @ maps).unflatten(-1, (self.grid[1], -1))           # (..., 3, w, features)
         return (column.unsqueeze(-3) @ near).flatten(-3)
 

@@ -29,7 +29,14 @@ from tqdm import tqdm
 
 import collect_minigrid_data as collect
 import world_model_jepa as jepa
-from minigrid_dataset import DataError, join_tiles, load_transitions, split_by_episode, to_float
+from minigrid_dataset import (
+    DataError,
+    WindowBatches,
+    join_tiles,
+    load_transitions,
+    split_by_episode,
+    to_float,
+)
 
 # ------------------------------------------------------------------------ settings: edit and rerun
 EVAL_SEED = 12345        # of the held-out layouts; the probes learn on those of the next seed
@@ -608,8 +615,8 @@ def inspect(device):
     world["windows"] = cut_windows(world, MAX_WINDOWS)
     torch.manual_seed(0)
     untrained = type(first)(**first.arguments)
-    counts = torch.bincount(data.frame_tiles.flatten().int(), minlength=len(data.tiles))
-    untrained.start_from(to_float(data.tiles), counts.float())  # as training begins
+    some = next(iter(WindowBatches(data, np.unique(data.episode), 1, 4096, 0, 10)))
+    untrained.start_from(some["patches"], some["index"])  # as training begins
     encoders = {**models, "untrained": untrained.to(device).eval()}
     same = SimpleNamespace(encode=first.encode_target, encode_target=first.encode_target,
                            predict_next=lambda z, action: z)

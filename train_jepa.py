@@ -157,13 +157,13 @@ def new_model(data, episodes):
 def train(path, device):
     """Trains on the data file, saving the checkpoint at `path` after each epoch."""
     data = load_data()
-    torch.manual_seed(SEED)
-    old = previous_run(path, data)
     train_episodes, held_out = split_by_episode(data, VALIDATION_FRACTION, SEED)
+    WindowBatches(data, train_episodes, WINDOW, BATCH_SIZE, SEED)  # DataError if none fits
+    torch.manual_seed(SEED)
     model, data = new_model(data, train_episodes).to(device), data.to(device)
     weights = {"prediction": 1, "places": PLACES_WEIGHT, "spread": SPREAD_WEIGHT,
                "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT}
-    done, step, history = 0, 0, []
+    old, done, step, history = previous_run(path, data), 0, 0, []
     if old:
         done, step, history = old["epoch"], old["step"], old["history"]
         model.load_state_dict(old["model"])

@@ -403,7 +403,7 @@ def bench_step(folder):
 
     def stepper(on_pixels):
         torch.manual_seed(0)
-        model = train_jepa.new_model(data)
+        model = train_jepa.new_model(data, np.unique(data.episode))
         losses = world_model_jepa.Losses(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3,
                                       fused=True)
@@ -463,13 +463,14 @@ def bench_whole_run(folder):
 def bench_scale(folder):
     """Time and memory as the data grow: collect, load, and one pass of training."""
     code = ("import time, sys, resource, collect_minigrid_data as c, minigrid_dataset as d\n"
-            "import torch, numpy as np, train_jepa as t\nt.keep_memory()\nbegan = time.time()\n"
+            "import numpy as np, train_jepa as t\nbegan = time.time()\n"
             "data = d.load_transitions(c.data_path())\nloaded = time.time()\n"
-            "model = t.new_model(data)\n"
-            "stage = t.JointStage(model, data, np.unique(data.episode))\n"
-            "optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)\n"
-            "for loss, _ in stage.losses(1):\n"
-            "    optimizer.zero_grad(); loss.backward(); optimizer.step()\n"
+            "episodes = np.unique(data.episode)\nmodel = t.new_model(data, episodes)\n"
+            "batches, losses, optimizer, _ = t.stage(model, data, episodes, 1)\n"
+            "for batch in batches:\n"
+            "    terms, errors = losses(batch)\n"
+            "    optimizer.zero_grad(); sum(terms.values()).backward(); optimizer.step()\n"
+            "    model.update_target_encoder(); batches.note_errors(batch, errors)\n"
             "print(len(data), loaded - began, time.time() - loaded,"
             " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
     print(f"\n{'transitions':>12} {'pixels':>10} {'collect s':>10} {'MB':>6} {'load s':>8} "
@@ -500,7 +501,7 @@ def main():
         bench_feeding(folder)
         bench_tutorial_step(folder)
         bench_whole_run(folder)
-        bench_step(folder)  # after the plain steps: it tunes this process's memory
+        bench_step(folder)
         bench_scale(folder)
 
 

@@ -48,6 +48,5 @@ def workshop(tmp_path, monkeypatch):
     monkeypatch.setattr(collect_minigrid_data, "NUM_EPISODES", 60)
     monkeypatch.setattr(collect_minigrid_data, "NUM_WORKERS", 1)
     monkeypatch.setattr(train_jepa, "HERE", tmp_path)
-    monkeypatch.setattr(train_jepa, "EPOCHS", 3)
     collect_minigrid_data.main()
     return tmp_path

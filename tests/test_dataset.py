@@ -380,10 +380,13 @@ def known_windows(arrays, batches):
     first = np.cumsum([0, *LENGTHS])
     found = []
     for batch in batches:
-        assert batch.keys() == {"patches", "index", "actions", "steps"}
+        assert batch.keys() == {"patches", "index", "actions", "steps", "frames"}
         B, T = batch["actions"].shape
         assert batch["index"].shape == (B, T + 2, 4, 5)
         assert batch["index"].dtype == batch["actions"].dtype == torch.int64
+        assert batch["frames"].shape == (B, T + 2) and batch["frames"].dtype == torch.int64
+        assert torch.equal(batches.transitions.frames(batch["frames"].flatten()),
+                           md.join_tiles(batch["patches"], batch["index"].flatten(0, 1)))
         # Distinct patches, all of this batch and no others.
         assert len(batch["patches"].unique(dim=0)) == len(batch["patches"])
         assert torch.equal(batch["index"].unique(), torch.arange(len(batch["patches"])))
@@ -413,6 +416,17 @@ def test_window_batches_show_the_right_frames(windowed):
     found = known_windows(arrays, batches)
     assert sorted(arrays["episode"][t] for t, _ in found) == [1, 2, 3, 4, 5, 6, 7]
     known_windows(arrays, md.WindowBatches(data, range(8), 4, 4, 0, windows_per_episode=20))
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_batches_without_patches_are_the_same_otherwise(windowed, window):
+    _, data = windowed
+    options = dict(window=window, batch_size=3, seed=2, windows_per_episode=5)
+    for plain, light in zip(md.WindowBatches(data, range(8), **options),
+                            md.WindowBatches(data, range(8), **options, with_patches=False),
+                            strict=True):
+        assert light.keys() == plain.keys() - {"patches", "index"} == {"actions", "steps", "frames"}
+        assert all(torch.equal(light[key], plain[key]) for key in light)
 
 
 def test_half_of_a_batch_is_drawn_by_the_last_errors(windowed):

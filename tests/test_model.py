@@ -2,6 +2,7 @@
 
 import copy
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -10,6 +11,7 @@ import zipfile
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import world_model_jepa
@@ -18,10 +20,12 @@ from tests.conftest import REST, mutated
 from world_model_jepa import (
     MODELS,
     CheckpointError,
+    ConvEncoder,
     JEPAWorldModel,
     ReconstructionWorldModel,
     compute_losses,
     cut,
+    dynamics_losses,
     effective_rank,
     hits_at_1,
     join,
@@ -53,7 +57,7 @@ def batch(B=4, T=3, seed=0):
 @pytest.fixture(params=list(MODELS))
 def model(request):
     torch.manual_seed(0)
-    return MODELS[request.param]()
+    return MODELS[request.param]().eval()
 
 
 # ------------------------------------------------------------------------------- encoder, dynamics
@@ -119,16 +123,73 @@ def test_leading_shapes_of_latents_and_actions_broadcast(model):
 def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, column):
     dynamics = JEPAWorldModel().dynamics
     with torch.no_grad():
-        for layer in (dynamics.to_row, dynamics.to_column, dynamics.to_map):
+        for layer in (dynamics.to_row, dynamics.to_column):
             layer.weight.zero_()
             layer.bias.zero_()
         dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
-        maps = dynamics.to_map.bias.normal_().view(8, 8, -1)
-        seen = dynamics.glimpse(torch.randn(2, 3, 48), torch.randn(2, 3, 80))
-    around = F.pad(maps, (0, 0, 1, 1, 1, 1))[row:row + 3, column:column + 3]  # 0 past the border
+        maps = dynamics.unfold(torch.randn(2, 1, 80))
+        seen = dynamics.glimpse(torch.randn(2, 3, 48), maps)
+    around = F.pad(maps.view(2, 8, 8, -1), (0, 0, 1, 1, 1, 1))      # 0 past the border
+    around = around[:, row:row + 3, column:column + 3].flatten(1, 2)
     # In whatever order, the same nine places.
     seen = seen.unflatten(-1, (9, -1))
-    assert torch.cdist(around.flatten(0, 1).expand(2, 3, 9, -1), seen).amin(-1).max() < 1e-4
+    assert torch.cdist(around[:, None].expand(2, 3, 9, -1), seen).amin(-1).max() < 1e-4
+
+
+def test_the_report_is_noisy_only_while_training(model):
+    z, actions = model.encode(images(5)[2]), torch.arange(5)
+    torch.testing.assert_close(model.predict_next(z, actions), model.predict_next(z, actions))
+    model.train()
+    apart = model.predict_next(z, actions) - model.predict_next(z, actions)
+    assert apart[:, :model.moving_dim].abs().amax(1).min() > 1e-3
+
+
+# --------------------------------------------------------------------------- how an encoder begins
+def flickering(flickers=True, seed=0):
+    """Patches of four looks: of one `kind` or another, light or dark. A place keeps its kind, and
+    is lit at random where it `flickers`. -> the two directions, patches, index (B, T+2, h, w)."""
+    rng = torch.Generator().manual_seed(seed)
+    kind, light = torch.linalg.qr(torch.randn(192, 2, generator=rng))[0].T      # of unit norm
+    looks = torch.tensor([(-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)])
+    patches = 127.5 + 400 * looks @ torch.stack([kind, light])
+    place = torch.randint(2, (50, 1, 8, 8), generator=rng)
+    lit = torch.randint(2, (50, 3 if flickers else 1, 8, 8), generator=rng)
+    index = (2 * place + lit).expand(50, 3, 8, 8)
+    return kind, light, patches.round().clamp(0, 255).byte().view(4, 3, 8, 8), index
+
+
+@pytest.mark.parametrize("flickers", [True, False])
+def test_static_filters_shrink_what_comes_and_goes_at_a_place(flickers):
+    torch.manual_seed(0)
+    kind, light, patches, index = flickering(flickers)
+    encoder = ConvEncoder(channels=2000)
+    encoder.start_from(patches, index, share=0.05)
+    seen = {name: [(layer.weight.flatten(1) @ d).norm().item() for d in (kind, light)]
+            for name, layer in (("moving", encoder.convolution), ("static", encoder.fixed))}
+    # To the moving part both are equally far apart, and what stays is the same to both.
+    assert seen["moving"][1] == pytest.approx(seen["moving"][0], rel=0.1)
+    assert seen["static"][0] == pytest.approx(seen["moving"][0], rel=0.1)
+    # Of the light, whose variance is all from moment to moment: two moments that differ are twice
+    # its deviation apart, which is a variance of 2, 40 times the share.
+    left = (1 + 2 / 0.05) ** -0.5 if flickers else 1
+    assert seen["static"][1] / seen["static"][0] == pytest.approx(left, rel=0.1)
+
+
+def test_zero_is_the_average_of_what_the_static_part_sees(model):
+    patches, index = flickering()[2:]
+    index = index.clamp(1)                                      # one look hardly ever, others often
+    model.start_from(patches, index)
+    seen = model.encoder.look(model.encoder.fixed, patches / 255)[index].flatten(0, 3)
+    torch.testing.assert_close(model.encoder.average, seen.mean(0), rtol=1e-4, atol=1e-5)
+    if model.objective != "reconstruction":
+        frames = torch.rand(3, 3, 64, 64)
+        torch.testing.assert_close(model.encode_target(frames), model.encode(frames))
+
+
+def test_data_of_one_patch_give_a_start_too():
+    encoder = ConvEncoder()
+    encoder.start_from(flickering()[2][:1], torch.zeros(5, 3, 8, 8, dtype=torch.long))
+    assert all(value.isfinite().all() for value in encoder.state_dict().values())
 
 
 def test_image_size_must_fit_the_patches():
@@ -175,15 +236,15 @@ def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
             assert p.grad is not None and p.grad.any(), name
 
 
-def test_prediction_is_the_weighted_error_of_the_true_and_the_imagined_start(monkeypatch):
+def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     torch.manual_seed(0)
-    model, seen = JEPAWorldModel(), []
+    model, seen = JEPAWorldModel().eval(), []
     monkeypatch.setattr(world_model_jepa, "weigh_by_error",
                         lambda error: seen.append(error) or weigh_by_error(error))
     patches, index, actions = batch()
     terms, errors = compute_losses(model, patches, index, actions)
-    torch.testing.assert_close(terms["prediction"], sum(map(weigh_by_error, seen)))
-    assert [x.shape for x in seen] == [(4, 3), (4, 2)]
+    assert [x.shape for x in seen] == [(4, 3)]
+    torch.testing.assert_close(terms["prediction"], weigh_by_error(seen[0]))
     torch.testing.assert_close(errors, seen[0].detach())
     for t in range(3):
         obs, after = (join_tiles(patches, index[:, k]) for k in (t, t + 1))
@@ -192,6 +253,69 @@ def test_prediction_is_the_weighted_error_of_the_true_and_the_imagined_start(mon
         other = model.encode(join_tiles(patches, index[:, -1]))[:, m:]
         by_hand = (join(moved, other) - model.encode_target(after)).square().sum(1)
         torch.testing.assert_close(errors[:, t], by_hand.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_dynamics_alone_learn_the_same_term_from_known_latents(model):
+    frames, actions, m = images(15)[2], torch.randint(7, (5,)), model.moving_dim
+    z, other, target = (x.detach() for x in model.encode(frames).split(5))
+    terms, errors = dynamics_losses(model.dynamics, z, other, target, actions, noise=0)
+    predicted = model.predict_next(join(z[:, :m], other[:, m:]), actions)
+    by_hand = (predicted - target)[:, :m].square().sum(1)
+    torch.testing.assert_close(errors, by_hand.detach())
+    assert list(terms) == ["prediction"] and not errors.requires_grad
+    torch.testing.assert_close(terms["prediction"], weigh_by_error(by_hand))
+    terms["prediction"].backward()
+    for name, p in model.named_parameters():  # what the map shows is for `places` to decide
+        learns = name.startswith("dynamics") and "to_map" not in name
+        assert (p.grad is not None and p.grad.any()) == learns, name
+
+
+def test_the_dynamics_alone_start_from_latents_a_little_off():
+    """In one direction for each latent, by anything from nothing to `noise` of its own size."""
+    torch.manual_seed(0)
+    dynamics, starts, m = JEPAWorldModel().eval().dynamics, [], 48
+    z = join(torch.randn(2000, m), torch.randn(2000, 80))
+    step = dynamics.step
+    dynamics.step = lambda moving, *rest: starts.append(moving) or step(moving, *rest)
+    for noise in (0, 0.3):
+        dynamics_losses(dynamics, z, z, z, torch.zeros(2000, dtype=torch.long), noise)
+    clean, moved = starts
+    torch.testing.assert_close(clean, dynamics.parts(z)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved.norm(dim=1), clean.norm(dim=1))
+    off = F.cosine_similarity(moved, clean).clamp(max=1).acos().tan()
+    assert off.min() < 0.01 and off.max() < 0.45 and off.mean() == pytest.approx(0.15, abs=0.02)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that processes cost no imports")
+def test_two_processes_share_an_odd_number_of_frames(tmp_path):
+    """Equal shares of 15 frames, as gloo's all_gather wants them: losses and gradients of one."""
+    torch.manual_seed(0)
+    model, odd = JEPAWorldModel().eval(), batch(B=3, T=3)
+
+    def learn():
+        model.zero_grad()
+        terms, errors = compute_losses(model, *odd)
+        sum(terms.values()).backward()
+        return [errors, *terms.values()], [p.grad for p in model.encoder.parameters()
+                                           if p.requires_grad]
+
+    def share(rank):
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        found, gradients = learn()
+        for gradient in gradients:  # their mean, as DistributedDataParallel takes it
+            dist.all_reduce(gradient)
+        for a, b in zip((*found, *gradients), (*alone[0], *(2 * g for g in alone[1]))):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+    alone = learn()
+    alone = alone[0], [g.clone() for g in alone[1]]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=share, args=(rank,)) for rank in range(2)]
+    [process.start() for process in processes]
+    [process.join(30) for process in processes]
+    [process.kill() for process in processes]  # one that waits for the other in vain
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_large_errors_weigh_by_their_square_root():

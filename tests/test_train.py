@@ -248,7 +248,7 @@ def test_the_second_stage_changes_the_dynamics_and_nothing_else(uninterrupted):
              for name in ("fixed.weight", "fixed.bias", "average")}
     assert changed[0] == first.keys() - fixed
     assert changed[1] == {name for name in first
-                          if name.startswith("dynamics.") and "to_map" not in name}
+                          if name.startswith("dynamics.") and ".to_" not in name}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that a kill costs no imports")

@@ -51,7 +51,7 @@ from world_model_jepa import (
 # Settings: edit and rerun
 # ---------------------------------------------------------------------------------------------
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 10                # passes over the data
+EPOCHS = 8                 # passes over the data
 DYNAMICS_EPOCHS = 5        # then of the dynamics alone, on latents that stay: four passes each
 BATCH_SIZE = 64            # windows a batch
 WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
@@ -235,7 +235,7 @@ def stage(model, data, episodes, epoch):
         batches = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, max(1, passes // WINDOW))
         module, parameters, epochs = Losses(model), model.parameters(), EPOCHS
         if dist.is_initialized():
-            module = DistributedDataParallel(module)
+            module = DistributedDataParallel(module, find_unused_parameters=OBJECTIVE == "byol")
 
         def losses(batch):
             return module(to_float(batch["patches"]), batch["index"], batch["actions"])
@@ -386,6 +386,7 @@ def main():
         globals().update(settings())  # plain numbers from here on, whatever a driver has set
         join_processes()
         device = pick_device()
+        torch.set_flush_denormal(True)  # gradients next to 0 can take three times as long
         say(f"Using device: {device}" + (
             f", {dist.get_world_size()} processes" if dist.is_initialized() else ""))
         train(path, device)

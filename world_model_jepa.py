@@ -96,7 +96,8 @@ class ConvEncoder(nn.Module):
         self.fixed = copy.deepcopy(self.convolution).requires_grad_(False)
         self.register_buffer("average", torch.zeros(channels))  # of `fixed` over the data's frames
         self.moving = nn.Linear(channels * (h + w + 1), moving_dim)
-        self.embed = nn.Linear(channels, features)
+        self.embed = nn.Linear(channels, features)              # what the static part sees
+        self.embed_target = nn.Linear(channels, features)       # what the dynamics' map shows
         self.static = nn.Linear(features * h * w, latent_dim - moving_dim)
 
     @torch.no_grad()
@@ -125,9 +126,11 @@ class ConvEncoder(nn.Module):
         x = convolution(patches - 0.5).flatten(1)
         return F.relu(F.layer_norm(x, x.shape[1:]))
 
-    def embed_patches(self, patches):
-        """(P, C, p, p) -> (P, features): what the static part sees of them, 0 for the average."""
-        return self.embed(self.look(self.fixed, patches) - self.average)
+    def embed_patches(self, patches, embed):
+        """(P, C, p, p) -> (P, features), 0 for the average. `embed` is the layer that the static
+        part sees them through, or embed_target: the first is free to forget what comes and goes,
+        as light, while the second tells all patches apart."""
+        return embed(self.look(self.fixed, patches) - self.average)
 
     def forward(self, obs):
         return self.from_patches(*cut(obs, self.patch_size))[0]
@@ -143,7 +146,8 @@ class ConvEncoder(nn.Module):
         profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)
         image = profiles.amax(1, keepdim=True)
         moving = self.moving(torch.cat([profiles, image], 1).flatten(1))
-        static = self.static(F.embedding(index, self.embed_patches(patches)).flatten(1))
+        seen = self.embed_patches(patches, self.embed)
+        static = self.static(F.embedding(index, seen).flatten(1))
         return join(moving, static), profiles
 
 
@@ -458,7 +462,8 @@ def places(model, static, patches, index, candidates=64):
     kept = torch.arange(P, device=index.device)
     if P > candidates:
         kept = torch.multinomial(count.sqrt(), candidates)
-    features = model.encoder.embed_patches(patches[kept])               # (K, features)
+    encoder = model.encoder
+    features = encoder.embed_patches(patches[kept], encoder.embed_target)       # (K, features)
     number = index.new_full((P,), -1).scatter_(0, kept, torch.arange(len(kept), device=kept.device))
     odds = ((count[kept] + 1) / (count[kept] + 1).sum()).log()
     total = 0

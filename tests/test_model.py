@@ -221,7 +221,7 @@ def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
     assert errors.shape == (4, 3) and not errors.requires_grad
     assert all(p.grad is None for p in model.target_encoder.parameters())
     assert model.encoder.fixed.weight.grad is None
-    without = () if objective == "jepa" else ("to_map", "to_row", "to_column")
+    without = () if objective == "jepa" else ("to_map", "to_row", "to_column", "embed_target")
     for name, p in model.named_parameters():
         if p.requires_grad and not any(layer in name for layer in without):
             assert p.grad is not None and p.grad.any(), name
@@ -333,10 +333,10 @@ def test_a_static_part_that_knows_the_layout_tells_the_places():
     model = JEPAWorldModel()
     patches, index, _ = batch(B=4, T=2)
     index[:] = index[:, :1]  # nothing moves
-    truth = model.encoder.embed_patches(patches)[index.flatten(2)].detach()     # (B, T+2, 64, C)
-    scale = 20 / truth.std()
-    model.encoder.embed_patches = (lambda plain: lambda x: plain(x) * scale)(
-        model.encoder.embed_patches)
+    encoder = model.encoder
+    truth = encoder.embed_patches(patches, encoder.embed_target)[index.flatten(2)].detach()
+    scale = 20 / truth.std()                                        # truth is (B, T+2, 64, C)
+    encoder.embed_patches = (lambda plain: lambda *x: plain(*x) * scale)(encoder.embed_patches)
     found = {}
     for name, shown in (("knows", truth * scale), ("of another episode", truth.roll(1, 0) * scale),
                         ("nothing", torch.zeros_like(truth))):

@@ -113,7 +113,7 @@ def effects(contents):
     cells = torch.from_numpy(data.grid[..., 0]).mT.flatten(1).long()    # (N, h * w)
     tiles = data.frame_tiles[data.obs_index].flatten(1).long()
     kinds = torch.stack([F.one_hot(cells[tiles == i], 9).sum(0) for i in range(len(data.tiles))])
-    features = model.encoder.embed_patches(to_float(data.tiles))
+    features = model.encoder.embed_patches(to_float(data.tiles), model.encoder.embed_target)
     shown = torch.cdist(model.dynamics.unfold(static_before).flatten(0, 1), features).argmin(1)
     untrained, history = train_jepa.validate(start, data, held_out), contents["history"]
     first = history[contents["settings"]["EPOCHS"] - 1]  # what the first stage ends with

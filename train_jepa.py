@@ -240,8 +240,8 @@ def stage(model, data, episodes, epoch):
         def losses(batch):
             return module(to_float(batch["patches"]), batch["index"], batch["actions"])
     else:
-        batches = WindowBatches(data, episodes, 1, 2 * WINDOW * BATCH_SIZE, SEED, 4 * passes,
-                                with_patches=False)
+        batches = WindowBatches(data, episodes, WINDOW, 2 * BATCH_SIZE, SEED,
+                                4 * max(1, passes // WINDOW), with_patches=False)
         parameters, epochs = model.dynamics.parameters(), DYNAMICS_EPOCHS
         frames = torch.arange(len(data.frame_tiles), device=data.actions.device)
         with torch.no_grad():
@@ -249,10 +249,9 @@ def stage(model, data, episodes, epoch):
             target = encode_frames(getattr(model, "target_encoder", model.encoder), data, frames)
 
         def losses(batch):
-            now, then, other = batch["frames"].T
-            terms, errors = dynamics_losses(
-                model.dynamics, z[now], z[other], target[then], batch["actions"][:, 0])
-            return terms, errors[:, None]
+            frames, other = batch["frames"][:, :-1], batch["frames"][:, -1:]
+            return dynamics_losses(model.dynamics, z[frames[:, :-1]], z[other],
+                                   target[frames[:, 1:]], batch["actions"])
     optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad],
                                   LEARNING_RATE, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

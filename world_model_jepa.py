@@ -415,12 +415,12 @@ def compute_losses(model, patches, index, actions):
 def dynamics_losses(dynamics, z, other, target, actions, noise=0.3):
     """The prediction term alone, for latents of a settled encoder that are known beforehand.
 
-    z (B, D), other (B, D) of another moment of the same episode, target (B, D) of the next frame,
-    actions (B,) -> {"prediction": scalar}, errors (B,). `noise` moves z, so that imagination
-    learns to mend its own errors.
+    z (B, T, D), other (B, 1, D) of another moment of the same episode, target (B, T, D) of the next
+    frames, actions (B, T) -> {"prediction": scalar}, errors (B, T). `noise` moves z, so that
+    imagination learns to mend its own errors.
     """
     moving, static = dynamics.parts(z)[0], dynamics.parts(other)[1]
-    moving = moving + noise * torch.rand_like(moving[:, :1]) * torch.randn_like(moving)
+    moving = moving + noise * torch.rand_like(moving[..., :1]) * torch.randn_like(moving)
     moving = F.normalize(moving, dim=-1) * math.sqrt(moving.shape[-1])
     error = dynamics.step(moving, static, actions) - dynamics.parts(target)[0]
     error = error.square().sum(-1) / (2 * moving.shape[-1])             # of unit-norm latents

@@ -7,7 +7,8 @@ the data file they were trained on. Writes inspection.json, every number; inspec
 rollout.gif, what the model imagines beside what happens.
 
 The scores come from layouts that no training run has seen: fresh episodes of the data file's
-environment under another seed, collected in memory. Every score stands beside its controls.
+environment under another seed, collected in memory. Every score stands beside its controls. It
+takes two to three minutes of one core.
 """
 
 import json

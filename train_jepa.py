@@ -6,6 +6,9 @@ Reads the data file of collect_minigrid_data.py (and collects it first where it 
 Writes jepa_world_model.pt (or reconstruction_world_model.pt) and loss.png beside this script.
 Run again after an interruption, it goes on from the last epoch that was saved.
 
+EPOCHS epochs train all together, by windows of frames; DYNAMICS_EPOCHS more train the dynamics
+alone, by the latents of an encoder that has settled.
+
     torchrun --nproc-per-node=2 train_jepa.py
 
 shares the encoding of each batch among processes.

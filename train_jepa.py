@@ -243,8 +243,8 @@ def stage(model, data, episodes, epoch):
         def losses(batch):
             return module(to_float(batch["patches"]), batch["index"], batch["actions"])
     else:
-        batches = WindowBatches(data, episodes, WINDOW, 2 * BATCH_SIZE, SEED,
-                                4 * max(1, passes // WINDOW), with_patches=False)
+        batches = WindowBatches(data, episodes, 2, WINDOW * BATCH_SIZE, SEED, 2 * passes,
+                                with_patches=False)
         parameters, epochs = model.dynamics.parameters(), DYNAMICS_EPOCHS
         frames = torch.arange(len(data.frame_tiles), device=data.actions.device)
         with torch.no_grad():

@@ -242,7 +242,7 @@ def stage(model, data, episodes, epoch):
 
         def losses(batch):
             return module(to_float(batch["patches"]), batch["index"], batch["actions"])
-    else:
+    else:  # windows of two are next to single transitions, and still run past an episode's end
         batches = WindowBatches(data, episodes, 2, WINDOW * BATCH_SIZE, SEED, 2 * passes,
                                 with_patches=False)
         parameters, epochs = model.dynamics.parameters(), DYNAMICS_EPOCHS

@@ -32,9 +32,9 @@ import collect_minigrid_data as collect
 import world_model_jepa as jepa
 from minigrid_dataset import (
     DataError,
-    WindowBatches,
     join_tiles,
     load_transitions,
+    sample_patches,
     split_by_episode,
     to_float,
 )
@@ -616,8 +616,7 @@ def inspect(device):
     world["windows"] = cut_windows(world, MAX_WINDOWS)
     torch.manual_seed(0)
     untrained = type(first)(**first.arguments)
-    some = next(iter(WindowBatches(data, np.unique(data.episode), 1, 4096, 0, 10)))
-    untrained.start_from(some["patches"], some["index"])  # as training begins
+    untrained.start_from(*sample_patches(data, np.unique(data.episode), 0))  # as training begins
     encoders = {**models, "untrained": untrained.to(device).eval()}
     same = SimpleNamespace(encode=first.encode_target, encode_target=first.encode_target,
                            predict_next=lambda z, action: z)

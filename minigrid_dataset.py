@@ -392,6 +392,14 @@ class WindowBatches:
             yield batch
 
 
+def sample_patches(transitions, episodes, seed):
+    """What an encoder starts from -> patches and index of a batch of 4096 steps or, where there are
+    fewer, ten of each episode."""
+    batches = WindowBatches(transitions, episodes, 1, 4096, seed, windows_per_episode=10)
+    batch = next(iter(batches))
+    return batch["patches"], batch["index"]
+
+
 def main():
     from collect_minigrid_data import data_path  # here, so that other files load without minigrid
     try:

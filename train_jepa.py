@@ -33,6 +33,7 @@ from minigrid_dataset import (
     DataError,
     WindowBatches,
     load_transitions,
+    sample_patches,
     split_by_episode,
     to_float,
     window_starts,
@@ -149,8 +150,7 @@ def new_model(data, episodes):
     model = MODELS[OBJECTIVE](
         latent_dim=LATENT_DIM, num_actions=data.num_actions, image_size=data.image_size,
         patch_size=data.patch_size, moving_dim=MOVING_DIM)
-    some = next(iter(WindowBatches(data, episodes, 1, 4096, SEED, windows_per_episode=10)))
-    model.start_from(some["patches"], some["index"])
+    model.start_from(*sample_patches(data, episodes, SEED))
     return model
 
 

@@ -56,8 +56,8 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------
 # Settings: edit and rerun
 ENV_ID = "MiniGrid-FourRooms-v0"  # MiniGrid-*, BabyAI-*, or your own: "my_module:MyWorld-v0"
-NUM_EPISODES = 4000               # one layout each: many short episodes beat few long ones
-MAX_STEPS_PER_EPISODE = 20        # our own cap; the environment's is 100 in FourRooms
+NUM_EPISODES = 16000              # one layout each: many short episodes beat few long ones
+MAX_STEPS_PER_EPISODE = 10        # our own cap; the environment's is 100 in FourRooms
 TILE_SIZE = 4                     # pixels per grid cell: FourRooms is 19 x 19 cells, 76 x 76 pixels
 SEED = 0                          # episode e is decided by (SEED, e) alone
 NUM_WORKERS = 2                   # threads that compress; the file does not depend on it

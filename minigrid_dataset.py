@@ -323,7 +323,8 @@ def window_starts(transitions, length, episodes=None, absorbing=False):
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
     ones of this batch, index (B, T+2, h, w) int64 into them, and actions (B, T) int64; also steps
-    (B, T) int64, the numbers of the transitions, -1 past an end, and frames (B, T+2) int64. The
+    (B, T) int64, the numbers of the transitions, -1 past an end, frames (B, T+2) int64, and whether
+    the batch is an epoch's first. The
     last of the T + 2 frames is not the window's: it is of another moment of the episode, drawn at
     random. `with_patches` False leaves patches and index out.
 
@@ -334,8 +335,8 @@ class WindowBatches:
 
     Whatever is done in a terminal state leads back to it (Sutton & Barto 2018, section 3.4):
     windows start at every step of an episode that ends with `terminated`, and past its end repeat
-    the last frame under random actions. DataError where no episode has a window, or where
-    it is longer than every episode."""
+    the last frame under random actions. Those of one step also start after the end, once for each
+    action. DataError where no episode has a window, or where it is longer than every episode."""
 
     def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1,
                  with_patches=True):
@@ -347,6 +348,11 @@ class WindowBatches:
             raise DataError(f"{transitions.path} has no {window} steps of one episode in which "
                             "next_obs[t] is obs[t + 1]: lower WINDOW in train_jepa.py, or raise "
                             f"MAX_STEPS_PER_EPISODE and {COLLECT}")
+        if window == 1 and transitions.terminated is not None:
+            ended = self.starts[transitions.terminated[self.starts]]
+            after = np.repeat(ended, transitions.num_actions)
+            self.starts = np.sort(np.concatenate([self.starts, after]))
+        self.after = np.append(False, self.starts[1:] == self.starts[:-1])  # a start seen before
         # Starts are sorted and episodes never decrease, so each episode's starts are one run.
         _, self.first, self.count = np.unique(
             transitions.episode[self.starts], return_index=True, return_counts=True)
@@ -366,7 +372,7 @@ class WindowBatches:
     def __iter__(self):
         data, rng, T = self.transitions, np.random.default_rng([self.seed, self.epoch]), self.window
         order = np.concatenate([rng.permutation(len(self.first)) for _ in range(self.passes)])
-        visits = self.starts[self.first[order] + rng.integers(self.count[order])]
+        visits = self.first[order] + rng.integers(self.count[order])    # numbers of starts
         begins, ends = np.searchsorted(data.episode, data.episode), np.searchsorted(
             data.episode, data.episode, side="right") - 1
         for b in range(len(self)):
@@ -374,8 +380,9 @@ class WindowBatches:
             largest = F.pad(self.errors, (0, T - 1)).unfold(0, T, 1).amax(1)[self.starts]
             odds = largest.double().cumsum(0).numpy()
             drawn = np.searchsorted(odds, rng.random(len(visited) // 2) * odds[-1])
-            starts = np.concatenate([visited[len(drawn) :], self.starts[drawn]])
-            steps, last = starts[:, None] + np.arange(T + 1), ends[starts][:, None]
+            number = np.concatenate([visited[len(drawn) :], drawn])
+            starts, last = self.starts[number], ends[self.starts[number]][:, None]
+            steps = (starts + self.after[number])[:, None] + np.arange(T + 1)
             random = rng.integers(data.num_actions, size=(len(starts), T))
             other = rng.integers(begins[starts], ends[starts] + 1)
             inside, t, random, other = (
@@ -385,7 +392,7 @@ class WindowBatches:
                                 data.next_obs_index[other][:, None]], 1)
             inside, t = inside[:, :-1], t[:, :-1]
             batch = {"actions": torch.where(inside, data.actions[t], random),
-                     "steps": torch.where(inside, t, -1), "frames": frames}
+                     "steps": torch.where(inside, t, -1), "frames": frames, "first": b == 0}
             if self.with_patches:
                 tiles, batch["index"] = data.frame_tiles[frames].unique(return_inverse=True)
                 batch["patches"] = data.tiles[tiles.long()]

@@ -21,6 +21,7 @@ import time
 from numbers import Real
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -55,8 +56,8 @@ from world_model_jepa import (
 # Settings: edit and rerun
 # ---------------------------------------------------------------------------------------------
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 8                 # passes over the data
-DYNAMICS_EPOCHS = 5        # then of the dynamics alone, on latents that stay: four passes each
+EPOCHS = 5                 # passes over the data
+DYNAMICS_EPOCHS = 3        # then of the dynamics alone, on latents that stay: four passes each
 BATCH_SIZE = 64            # windows a batch
 WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
@@ -169,6 +170,7 @@ def train(path, device):
     old, done, step, history = previous_run(path, data), 0, 0, []
     if old:
         done, step, history = old["epoch"], old["step"], old["history"]
+        model.memory = old["model"]["memory"].to(device)        # of another size
         model.load_state_dict(old["model"])
         say(f"Going on from epoch {done} of {EPOCHS + DYNAMICS_EPOCHS} in {path.name}")
 
@@ -242,19 +244,29 @@ def stage(model, data, episodes, epoch):
 
         def losses(batch):
             return module(to_float(batch["patches"]), batch["index"], batch["actions"])
-    else:  # windows of two are next to single transitions, and still run past an episode's end
-        batches = WindowBatches(data, episodes, 2, WINDOW * BATCH_SIZE, SEED, 2 * passes,
+    else:
+        batches = WindowBatches(data, episodes, 1, 2 * WINDOW * BATCH_SIZE, SEED, 4 * passes,
                                 with_patches=False)
         parameters, epochs = model.dynamics.parameters(), DYNAMICS_EPOCHS
         frames = torch.arange(len(data.frame_tiles), device=data.actions.device)
         with torch.no_grad():
             z = encode_frames(model.encoder, data, frames)
             target = encode_frames(getattr(model, "target_encoder", model.encoder), data, frames)
+        steps = torch.from_numpy(np.flatnonzero(np.isin(data.episode, episodes))).to(target.device)
+        frames = torch.cat([data.obs_index[steps], data.next_obs_index[steps]]).unique()
+        model.remember(target[frames])
+        imagined, m = torch.empty_like(z), model.moving_dim
 
         def losses(batch):
-            frames, other = batch["frames"][:, :-1], batch["frames"][:, -1:]
-            return dynamics_losses(model.dynamics, z[frames[:, :-1]], z[other],
-                                   target[frames[:, 1:]], batch["actions"])
+            if batch["first"]:  # of an epoch, so that a run that is resumed is the same
+                imagined.copy_(z)   # then, of each frame, what was last predicted of it
+            here, there, other = batch["frames"].T
+            own = F.cosine_similarity(imagined[here, :m], z[here, :m]) > model.same_state
+            own &= torch.rand(len(here), device=z.device) < 0.5
+            terms, errors, imagined[there] = dynamics_losses(
+                model.dynamics, torch.where(own[:, None], imagined[here], z[here]), z[here],
+                z[other], target[there], batch["actions"][:, 0])
+            return terms, errors[:, None]
     optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad],
                                   LEARNING_RATE, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

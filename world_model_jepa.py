@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 5
+CHECKPOINT_FORMAT = 6
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,8 +167,7 @@ class LatentDynamics(nn.Module):
     first (the attention of DRAW, Gregor et al. 2015): `to_row` and `to_column` point at the place
     of what moves, `to_map` unfolds the static part into a map, and of the map's 3 x 3 patches
     around that place a small network reports `report_dim` numbers to the MLP. "The way is free" is
-    then one rule. Few numbers, and noisy ones while they are learnt (Foerster et al. 2016), cannot
-    tell places apart by their light, which helps no more once the agent is far from there.
+    then one rule.
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
@@ -212,10 +211,8 @@ class LatentDynamics(nn.Module):
     def step(self, moving, static, action):
         """(..., M), (..., S), (...) -> next moving part (..., M), coordinates of size about 1."""
         maps = self.unfold(static).detach()  # what it shows is for `places` to decide
-        report = self.report(self.glimpse(moving, maps))
-        if self.training:
-            report = report + torch.randn_like(report)
-        x = [moving, report.tanh(), self.action_embedding(action)]
+        report = self.report(self.glimpse(moving, maps)).tanh()
+        x = [moving, report, self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
@@ -235,7 +232,8 @@ class JEPAWorldModel(nn.Module):
     The prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
     encoder is an exponential moving average (EMA) of the online one and gets no gradient.
 
-    Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
+    Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions, and `memory`
+    says how many latents are remembered.
 
     Raises:
         ValueError: the image size is no multiple of the patch size.
@@ -244,12 +242,14 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512):
+                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512,
+                 memory=0):
         super().__init__()
         self.arguments = {
             "in_channels": in_channels, "latent_dim": latent_dim, "num_actions": num_actions,
             "image_size": tuple(image_size), "patch_size": patch_size, "channels": channels,
             "features": features, "moving_dim": moving_dim, "hidden_dim": hidden_dim,
+            "memory": memory,
         }
         self.latent_dim, self.moving_dim = latent_dim, moving_dim
         self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
@@ -261,6 +261,7 @@ class JEPAWorldModel(nn.Module):
         # Two latents are one state if the cosine of their moving parts is above this: see validate
         # in train_jepa.py.
         self.register_buffer("same_state", torch.tensor(0.95))
+        self.register_buffer("memory", torch.zeros(memory, moving_dim))     # see remember
 
     def start_from(self, patches, index):
         """See ConvEncoder.start_from."""
@@ -278,7 +279,30 @@ class JEPAWorldModel(nn.Module):
 
     def predict_next(self, z, action):
         """(B, latent_dim), (B,) int64 -> (B, latent_dim): compare it with encode_target."""
-        return self.dynamics(z, action)
+        return self.recall(self.dynamics(z, action))
+
+    @torch.no_grad()
+    def remember(self, z, apart=0.97, most=4096):
+        """Keeps the moving parts of latents (N, latent_dim), `most` at most, each of which differs
+        from all that were kept before it: cosine below `apart`."""
+        z = F.normalize(z[:, :self.moving_dim], dim=-1)
+        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
+        kept = z[:0]
+        for some in z[order.to(z.device)].split(2048):
+            some = some[(some @ kept.T > apart).sum(1) == 0]
+            twins = (some @ some.T > apart).float()
+            kept = torch.cat([kept, some[twins.cumsum(1).diagonal() == 1]])[:most]
+        self.memory, self.arguments["memory"] = kept, len(kept)
+
+    def recall(self, z, sharpness=200):
+        """(..., latent_dim) -> the same, the moving part drawn to what is remembered nearest to it,
+        as in a Hopfield network (Ramsauer et al. 2021); left as it is where nothing remembered is
+        the same state. Small errors of imagination die out instead of adding up."""
+        moving = F.normalize(z[..., :self.moving_dim], dim=-1)
+        cosine = torch.cat([moving @ self.memory.T, self.same_state.expand(*z.shape[:-1], 1)], -1)
+        weight = (sharpness * cosine).softmax(-1)
+        return join(weight[..., :-1] @ self.memory + weight[..., -1:] * moving,
+                    z[..., self.moving_dim:])
 
     def rollout(self, obs, actions):
         """(B, 3, H, W), (B, T) -> (B, T, latent_dim): no frame after the first is seen."""
@@ -384,14 +408,17 @@ def compute_losses(model, patches, index, actions):
     z, profiles = (x.unflatten(0, (B, T + 2))
                    for x in encode_shared(model.encoder, patches, frames))
     moving, static = model.dynamics.parts(z)                # (B, T+2, M), (B, T+2, S)
-    moving, profiles, other = moving[:, :-1], profiles[:, :-1], static[:, -1:]
-    predicted = join(model.dynamics.step(moving[:, :-1], other.detach(), actions), other)
+    moving, profiles = moving[:, :-1], profiles[:, :-1]
+    first, other = static[:, :1], static[:, -1:]
+    elsewhere = torch.cat([change_light(other, first), change_light(first, other)], 1)
+    predicted = model.dynamics.step(moving[:, :-1], elsewhere[:, 1:].detach(), actions)
+    predicted = join(predicted, other)
     if model.objective == "reconstruction":
         frames = patches[index[:, :-1]].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         errors = [(model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean((1, 2, 3))
                   for x, true in ((z[:, :-1], frames), (predicted, frames[:, 1:]))]
         return {"prediction": sum(map(weigh_by_error, errors)),
-                "places": places(model, static.detach(), patches, index),
+                "places": places(model, elsewhere.detach(), patches, index),
                 "pointing": pointing(model, moving.detach(), profiles)
                 }, errors[1].detach().view(B, T) * z.shape[-1]
     with torch.no_grad():
@@ -404,7 +431,7 @@ def compute_losses(model, patches, index, actions):
     layout = static.mean(1)
     return {
         "prediction": weigh_by_error(error),
-        "places": places(model, static, patches, index),
+        "places": places(model, elsewhere, patches, index),
         "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
         "smoothness": 0.4 * moving.diff(dim=1).square().mean()
         + 3 * (static[:, 0] - static[:, -1]).square().mean(),
@@ -412,19 +439,32 @@ def compute_losses(model, patches, index, actions):
     }, error.detach()
 
 
-def dynamics_losses(dynamics, z, other, target, actions, noise=0.3):
-    """The prediction term alone, for latents of a settled encoder that are known beforehand.
+def dynamics_losses(dynamics, z, seen, other, target, actions, noise=0.1):
+    """The prediction term alone, for latents (B, D) of a settled encoder.
 
-    z (B, T, D), other (B, 1, D) of another moment of the same episode, target (B, T, D) of the next
-    frames, actions (B, T) -> {"prediction": scalar}, errors (B, T). `noise` moves z, so that
-    imagination learns to mend its own errors.
+    z is where to start: the latent of a frame, or what was imagined of it. `seen` is that frame's,
+    `other` that of another moment of the episode, `target` that of the next frame; actions (B,).
+    Returns {"prediction": scalar}, errors (B,) and the predicted latents (B, D), without gradient.
+
+    `noise` moves the moving part, so that imagination learns to mend its own errors.
     """
     moving, static = dynamics.parts(z)[0], dynamics.parts(other)[1]
-    moving = moving + noise * torch.rand_like(moving[..., :1]) * torch.randn_like(moving)
+    moving = moving + noise * torch.rand_like(moving[:, :1]) * torch.randn_like(moving)
     moving = F.normalize(moving, dim=-1) * math.sqrt(moving.shape[-1])
-    error = dynamics.step(moving, static, actions) - dynamics.parts(target)[0]
-    error = error.square().sum(-1) / (2 * moving.shape[-1])             # of unit-norm latents
-    return {"prediction": weigh_by_error(error)}, error.detach()
+    static = change_light(dynamics.parts(seen)[1], static)
+    predicted = join(dynamics.step(moving, static, actions), other[:, dynamics.split[0]:])
+    error = (predicted - target)[:, :dynamics.split[0]].square().sum(-1)
+    return {"prediction": weigh_by_error(error)}, error.detach(), predicted.detach()
+
+
+def change_light(static, other):
+    """Static parts of two moments of each episode, (B, ..., S) twice -> those of the second,
+    changed by what sets the two apart in three other episodes (as in Delta-encoder, Schwartz et al.
+    2018). That is light, wherever it may fall, and no rooms: all that listens learns to overlook
+    it, and the encoder to leave it out.
+    """
+    change = static - other
+    return other + sum(change.roll(shift, 0) for shift in (1, 2, 3))
 
 
 def weigh_by_error(error):
@@ -455,7 +495,8 @@ def places(model, static, patches, index, candidates=64):
     As in CPC (van den Oord et al. 2018) and I-JEPA (Assran et al. 2023), features of places are
     told, not pixels: a softmax over distances to at most `candidates` of the batch's patches.
 
-    static (B, T+2, S), index (B, T+2, h, w) -> mean of log(1 + cross-entropy summed over places).
+    static (B, 2, S) of the two moments, index (B, T+2, h, w) -> mean of log(1 + cross-entropy,
+    summed over places).
     """
     P = len(patches)
     count = torch.bincount(index.flatten(), minlength=P).float()

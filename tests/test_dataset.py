@@ -457,6 +457,18 @@ def test_windows_run_past_a_terminal_state(windowed):
     assert 0.4 < np.mean(np.array(past) > 0) < 0.6
 
 
+def test_windows_of_one_step_also_start_in_a_terminal_state_once_for_each_action(windowed):
+    arrays, data = windowed
+    batches = md.WindowBatches(data, [1, 3], 1, 500, seed=0, windows_per_episode=5000)
+    steps = torch.cat([batch["steps"][:250, 0] for batch in batches])       # the visits
+    frames = torch.cat([batch["frames"][:250] for batch in batches])
+    after = frames[steps < 0]
+    assert (after[:, :2] == data.next_obs_index[8]).all()       # episode 1 ends with step 8
+    share = (steps < 0).float().mean() * 2                      # of the visits to episode 1
+    assert share == pytest.approx(data.num_actions / (data.num_actions + 6), abs=0.05)
+    assert {*steps.tolist()} == {-1, *range(3, 9), *np.flatnonzero(arrays["episode"] == 3)}
+
+
 def test_actions_past_the_end_are_random(windowed):
     _, data = windowed
     batches = md.WindowBatches(data, [5], 4, 1, seed=0, windows_per_episode=2000)

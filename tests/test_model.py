@@ -23,6 +23,7 @@ from world_model_jepa import (
     ConvEncoder,
     JEPAWorldModel,
     ReconstructionWorldModel,
+    change_light,
     compute_losses,
     cut,
     dynamics_losses,
@@ -136,12 +137,42 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
     assert torch.cdist(around[:, None].expand(2, 3, 9, -1), seen).amin(-1).max() < 1e-4
 
 
-def test_the_report_is_noisy_only_while_training(model):
-    z, actions = model.encode(images(5)[2]), torch.arange(5)
-    torch.testing.assert_close(model.predict_next(z, actions), model.predict_next(z, actions))
-    model.train()
-    apart = model.predict_next(z, actions) - model.predict_next(z, actions)
-    assert apart[:, :model.moving_dim].abs().amax(1).min() > 1e-3
+def test_light_is_changed_to_that_of_other_episodes_and_nothing_else():
+    rooms, light = torch.randn(8, 1, 5), torch.randn(8, 2, 5)
+    static, other = (rooms + some for some in light.split(1, 1))
+    change = (static - other).detach()
+    by_hand = other + torch.stack([sum(change[(i - k) % 8] for k in (1, 2, 3)) for i in range(8)])
+    torch.testing.assert_close(change_light(static, other), by_hand)
+    torch.testing.assert_close(change_light(other, other), other)
+
+
+# ---------------------------------------------------------------------------------- the memory
+def test_an_imagined_latent_is_drawn_to_the_nearest_that_is_remembered():
+    torch.manual_seed(0)
+    model = JEPAWorldModel().eval()
+    z = join(torch.randn(8, 48), torch.randn(8, 80))
+    torch.testing.assert_close(model.recall(z), z)                 # nothing is remembered yet
+    model.remember(torch.cat([z[:6], z[:6]]))
+    assert model.memory.shape == (6, 48)                           # each once
+    near = z.clone()
+    near[:, :48] += 0.02 * torch.randn(8, 48)
+    near = join(near[:, :48], near[:, 48:])
+    torch.testing.assert_close(model.recall(near)[:6], z[:6], rtol=0, atol=2e-3)
+    torch.testing.assert_close(model.recall(near)[6:], near[6:])   # no state that is known
+    torch.testing.assert_close(model.recall(near.view(2, 4, -1)).view(8, -1), model.recall(near))
+
+
+def test_the_memory_keeps_what_is_apart_and_no_more_than_there_is_room_for():
+    torch.manual_seed(0)
+    model = JEPAWorldModel()
+    z = join(torch.randn(30, 48).repeat(100, 1) + 0.01 * torch.randn(3000, 48), torch.ones(80))
+    model.remember(z)
+    assert len(model.memory) == 30
+    torch.testing.assert_close(model.recall(z), z, rtol=0, atol=0.02)
+    model.remember(join(torch.randn(3000, 48), torch.ones(80)), most=50)
+    kept = model.memory
+    torch.testing.assert_close(kept.norm(dim=1), torch.ones(50))
+    assert (kept @ kept.T - torch.eye(50)).max() < 0.97
 
 
 # --------------------------------------------------------------------------- how an encoder begins
@@ -240,8 +271,11 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     for t in range(3):
         obs, after = (join_tiles(patches, index[:, k]) for k in (t, t + 1))
         m = model.moving_dim
-        moved = model.predict_next(model.encode(obs), actions[:, t])[:, :m]
-        other = model.encode(join_tiles(patches, index[:, -1]))[:, m:]
+        first, last = (model.encode(join_tiles(patches, index[:, k])) for k in (0, -1))
+        elsewhere = change_light(first[:, m:], last[:, m:]) * math.sqrt(2 * (128 - m))
+        moving = model.dynamics.parts(model.encode(obs))[0]
+        moved = model.dynamics.step(moving, elsewhere, actions[:, t])
+        other = last[:, m:]
         by_hand = (join(moved, other) - model.encode_target(after)).square().sum(1)
         torch.testing.assert_close(errors[:, t], by_hand.detach(), rtol=1e-3, atol=1e-5)
 
@@ -249,10 +283,13 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
 def test_the_dynamics_alone_learn_the_same_term_from_known_latents(model):
     frames, actions, m = images(15)[2], torch.randint(7, (5,)), model.moving_dim
     z, other, target = (x.detach() for x in model.encode(frames).split(5))
-    terms, errors = dynamics_losses(model.dynamics, z, other, target, actions, noise=0)
-    predicted = model.predict_next(join(z[:, :m], other[:, m:]), actions)
+    terms, errors, found = dynamics_losses(model.dynamics, z, z, other, target, actions, noise=0)
+    moving, static = model.dynamics.parts(z)
+    elsewhere = change_light(static, model.dynamics.parts(other)[1])
+    predicted = join(model.dynamics.step(moving, elsewhere, actions), other[:, m:])
     by_hand = (predicted - target)[:, :m].square().sum(1)
     torch.testing.assert_close(errors, by_hand.detach())
+    torch.testing.assert_close(found, predicted.detach())
     assert list(terms) == ["prediction"] and not errors.requires_grad
     torch.testing.assert_close(terms["prediction"], weigh_by_error(by_hand))
     terms["prediction"].backward()
@@ -269,7 +306,7 @@ def test_the_dynamics_alone_start_from_latents_a_little_off():
     step = dynamics.step
     dynamics.step = lambda moving, *rest: starts.append(moving) or step(moving, *rest)
     for noise in (0, 0.3):
-        dynamics_losses(dynamics, z, z, z, torch.zeros(2000, dtype=torch.long), noise)
+        dynamics_losses(dynamics, z, z, z, z, torch.zeros(2000, dtype=torch.long), noise)
     clean, moved = starts
     torch.testing.assert_close(clean, dynamics.parts(z)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moved.norm(dim=1), clean.norm(dim=1))

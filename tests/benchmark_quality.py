@@ -313,7 +313,9 @@ def peer_stage(added, weight, model, data, episodes, epoch):
         frames = torch.arange(len(data.frame_tiles), device=DEVICE)
         with torch.no_grad():
             z = {e: train_jepa.encode_frames(e, data, frames) for e in encoders}
-        with mock.patch.object(train_jepa, "encode_frames"):
+        none = torch.zeros(len(frames), model.latent_dim, device=DEVICE)
+        with mock.patch.object(train_jepa, "encode_frames", return_value=none), \
+                mock.patch.object(type(model), "remember"):             # peers have no memory
             batches, _, *rest = train_jepa.stage(model, data, episodes, epoch)
         batches = WindowBatches(data, episodes, T, batches.batch_size // T, batches.seed,
                                 max(1, batches.passes // T), with_patches=False)

@@ -439,7 +439,7 @@ def compute_losses(model, patches, index, actions):
     }, error.detach()
 
 
-def dynamics_losses(dynamics, z, seen, other, target, actions, noise=0.1):
+def dynamics_losses(dynamics, z, seen, other, target, actions, noise=0.3):
     """The prediction term alone, for latents (B, D) of a settled encoder.
 
     z is where to start: the latent of a frame, or what was imagined of it. `seen` is that frame's,

@@ -194,6 +194,28 @@ def test_the_second_stage_teaches_the_dynamics_what_the_first_left(early, large,
     assert found["hit@1 gained"] < 0.05 and found["mended"] < 1.1
 
 
+def test_half_of_the_second_stage_starts_from_what_was_imagined_and_is_still_right(
+        large, monkeypatch):
+    starts, real = [], train_jepa.dynamics_losses
+    monkeypatch.setattr(train_jepa, "dynamics_losses", lambda dynamics, z, seen, *rest: (
+        starts.append((z[:, :48], seen[:, :48])) or real(dynamics, z, seen, *rest)))
+    validate = train_jepa.validate
+
+    def lenient(model, *rest):  # in so small a world states are near each other
+        found = validate(model, *rest)
+        model.same_state.fill_(0.8)
+        return found
+
+    monkeypatch.setattr(train_jepa, "validate", lenient)
+    learn(large, EPOCHS=3, DYNAMICS_EPOCHS=2, EMA_MOMENTUM=0)
+    for first in (0, len(starts) // 2):                             # of an epoch
+        assert torch.equal(*starts[first])
+    z, seen = starts[-1]
+    own = (z != seen).any(1)
+    assert 0.2 < own.float().mean() < 0.6
+    assert F.cosine_similarity(z, seen)[own].min() > 0.799
+
+
 def test_reconstruction_decodes_far_better_than_the_mean_image(large):
     found = learn(large, OBJECTIVE="reconstruction", EPOCHS=8, DYNAMICS_EPOCHS=1)
     assert found["decoded"] < 0.4 * found["mean"]

@@ -379,8 +379,9 @@ def known_windows(arrays, batches):
     """Checks each window of a pass against the arrays -> [(start, steps past the end)]."""
     first = np.cumsum([0, *LENGTHS])
     found = []
-    for batch in batches:
-        assert batch.keys() == {"patches", "index", "actions", "steps", "frames"}
+    for number, batch in enumerate(batches):
+        assert batch["first"] == (number == 0)
+        assert batch.keys() == {"patches", "index", "actions", "steps", "frames", "first"}
         B, T = batch["actions"].shape
         assert batch["index"].shape == (B, T + 2, 4, 5)
         assert batch["index"].dtype == batch["actions"].dtype == torch.int64
@@ -425,8 +426,9 @@ def test_batches_without_patches_are_the_same_otherwise(windowed, window):
     for plain, light in zip(md.WindowBatches(data, range(8), **options),
                             md.WindowBatches(data, range(8), **options, with_patches=False),
                             strict=True):
-        assert light.keys() == plain.keys() - {"patches", "index"} == {"actions", "steps", "frames"}
-        assert all(torch.equal(light[key], plain[key]) for key in light)
+        assert light.keys() == {"actions", "steps", "frames", "first"}
+        assert plain.keys() == light.keys() | {"patches", "index"}
+        assert all(torch.equal(light[key], plain[key]) for key in light.keys() - {"first"})
 
 
 def test_half_of_a_batch_is_drawn_by_the_last_errors(windowed):

@@ -64,7 +64,7 @@ NUM_WORKERS = 2                   # threads that compress; the file does not dep
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Uniform odds leave some 60 % of FourRooms frames unchanged: most actions do nothing there.
 ACTION_WEIGHTS = (0.2, 0.2, 0.35, 0.08, 0.04, 0.1, 0.03)
-WARM_UP_STEPS = 80                # where every episode starts in the same place, 20 steps do not
+WARM_UP_STEPS = 80                # where every episode starts in the same place, ten steps do not
                                   # lead far: there, 0 to so many random steps go unrecorded first
 DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz
 # -------------------------------------------------------------------------------------------------

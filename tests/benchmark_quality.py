@@ -590,8 +590,8 @@ def run_once(key, data, recipe, body, setting, epochs, seed, score):
 
 
 def tuning_score(data, model):
-    """Mean hit@1 at 1, 5, 10 and 20 steps, as far as episodes go, among the frames of the data file's
-    held-out ones: it takes no labels, and to know the layout as well as the place."""
+    """Mean hit@1 at 1, 5, 10 and 20 steps, as far as episodes go, among frames of the data file's
+    held-out episodes: it takes no labels, and to know the layout as well as the place."""
     world = inspect.own_held_out(data, {**train_jepa.settings(), "SEED": TUNING_SEED})
     world["windows"] = inspect.cut_windows(world, inspect.MAX_WINDOWS)
     curve = inspect.score_dynamics({"model": model}, world, DEVICE)[0]["model"]["hit@1"]

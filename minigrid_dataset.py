@@ -323,10 +323,10 @@ def window_starts(transitions, length, episodes=None, absorbing=False):
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
     ones of this batch, index (B, T+2, h, w) int64 into them, and actions (B, T) int64; also steps
-    (B, T) int64, the numbers of the transitions, -1 past an end, frames (B, T+2) int64, and whether
-    the batch is an epoch's first. The
-    last of the T + 2 frames is not the window's: it is of another moment of the episode, drawn at
-    random. `with_patches` False leaves patches and index out.
+    (B, T) int64, the numbers of the transitions, -1 past an end, frames (B, T+2) int64, and first:
+    is this an epoch's first batch? The last of the T + 2 frames is not the window's: it is of
+    another moment of the episode, drawn at random. `with_patches` False leaves patches and index
+    out.
 
     An epoch takes `windows_per_episode` passes, and what it draws depends on `seed`, the epoch and
     `errors`. Half of a batch visits the episodes in a new order in each pass, and draws one window

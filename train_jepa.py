@@ -258,8 +258,9 @@ def stage(model, data, episodes, epoch):
         imagined, m = torch.empty_like(z), model.moving_dim
 
         def losses(batch):
-            if batch["first"]:  # of an epoch, so that a run that is resumed is the same
-                imagined.copy_(z)   # then, of each frame, what was last predicted of it
+            # Of each frame, what this epoch last predicted: a run that is resumed is the same.
+            if batch["first"]:
+                imagined.copy_(z)
             here, there, other = batch["frames"].T
             own = F.cosine_similarity(imagined[here, :m], z[here, :m]) > model.same_state
             own &= torch.rand(len(here), device=z.device) < 0.5

@@ -242,8 +242,7 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512,
-                 memory=0):
+                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512, memory=0):
         super().__init__()
         self.arguments = {
             "in_channels": in_channels, "latent_dim": latent_dim, "num_actions": num_actions,
@@ -411,8 +410,8 @@ def compute_losses(model, patches, index, actions):
     moving, profiles = moving[:, :-1], profiles[:, :-1]
     first, other = static[:, :1], static[:, -1:]
     elsewhere = torch.cat([change_light(other, first), change_light(first, other)], 1)
-    predicted = model.dynamics.step(moving[:, :-1], elsewhere[:, 1:].detach(), actions)
-    predicted = join(predicted, other)
+    after = model.dynamics.step(moving[:, :-1], elsewhere[:, 1:].detach(), actions)
+    predicted = join(after, other)
     if model.objective == "reconstruction":
         frames = patches[index[:, :-1]].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         errors = [(model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean((1, 2, 3))

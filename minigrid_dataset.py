@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 COLLECT = "run python3 collect_minigrid_data.py"
@@ -322,11 +321,8 @@ def window_starts(transitions, length, episodes=None, absorbing=False):
 
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
-    ones of this batch, index (B, T+2, h, w) int64 into them, and actions (B, T) int64; also steps
-    (B, T) int64, the numbers of the transitions, -1 past an end, frames (B, T+2) int64, and first:
-    is this an epoch's first batch? The last of the T + 2 frames is not the window's: it is of
-    another moment of the episode, drawn at random. `with_patches` False leaves patches and index
-    out.
+    ones of this batch, index (B, T+1, h, w) int64 into them, and actions (B, T) int64; also steps
+    (B, T) int64, the numbers of the transitions, past an end one for each episode.
 
     An epoch takes `windows_per_episode` passes, and what it draws depends on `seed`, the epoch and
     `errors`. Half of a batch visits the episodes in a new order in each pass, and draws one window
@@ -335,28 +331,26 @@ class WindowBatches:
 
     Whatever is done in a terminal state leads back to it (Sutton & Barto 2018, section 3.4):
     windows start at every step of an episode that ends with `terminated`, and past its end repeat
-    the last frame under random actions. Those of one step also start after the end, once for each
-    action. DataError where no episode has a window, or where it is longer than every episode."""
+    the last frame under random actions. DataError where no episode has a window, or where it is
+    longer than every episode."""
 
-    def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1,
-                 with_patches=True):
+    def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1):
         self.transitions, self.window, self.batch_size = transitions, window, batch_size
-        self.with_patches = with_patches
         self.seed, self.passes, self.epoch = seed, windows_per_episode, 0
+        episode = transitions.episode
         self.starts = window_starts(transitions, window, episodes, absorbing=True)
-        if not len(self.starts) or window > np.bincount(transitions.episode).max():
+        if not len(self.starts) or window > np.bincount(episode).max():
             raise DataError(f"{transitions.path} has no {window} steps of one episode in which "
                             "next_obs[t] is obs[t + 1]: lower WINDOW in train_jepa.py, or raise "
                             f"MAX_STEPS_PER_EPISODE and {COLLECT}")
-        if window == 1 and transitions.terminated is not None:
-            ended = self.starts[transitions.terminated[self.starts]]
-            after = np.repeat(ended, transitions.num_actions)
-            self.starts = np.sort(np.concatenate([self.starts, after]))
-        self.after = np.append(False, self.starts[1:] == self.starts[:-1])  # a start seen before
         # Starts are sorted and episodes never decrease, so each episode's starts are one run.
         _, self.first, self.count = np.unique(
-            transitions.episode[self.starts], return_index=True, return_counts=True)
-        self.errors = torch.ones(len(transitions))  # of each transition, when it was last learnt
+            episode[self.starts], return_index=True, return_counts=True)
+        self.last = np.searchsorted(episode, episode, side="right") - 1     # of the same episode
+        steps, N = self.starts[:, None] + np.arange(window), len(transitions)       # (S, T)
+        past = steps > self.last[self.starts][:, None]
+        self.steps = torch.from_numpy(np.where(past, N + episode[self.starts][:, None], steps))
+        self.errors = torch.ones(N + episode[-1] + 1)  # of each of `steps`, when it was last learnt
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -366,44 +360,35 @@ class WindowBatches:
 
     def note_errors(self, batch, errors):
         """The prediction errors (B, T) of a batch's transitions: what the next ones draw by."""
-        inside = (batch["steps"] >= 0).cpu()
-        self.errors[batch["steps"].cpu()[inside]] = errors.float().cpu()[inside]
+        self.errors[batch["steps"].cpu()] = errors.float().cpu()
 
     def __iter__(self):
         data, rng, T = self.transitions, np.random.default_rng([self.seed, self.epoch]), self.window
         order = np.concatenate([rng.permutation(len(self.first)) for _ in range(self.passes)])
         visits = self.first[order] + rng.integers(self.count[order])    # numbers of starts
-        begins, ends = np.searchsorted(data.episode, data.episode), np.searchsorted(
-            data.episode, data.episode, side="right") - 1
+        device = data.actions.device
         for b in range(len(self)):
             visited = visits[b * self.batch_size :][: self.batch_size]
-            largest = F.pad(self.errors, (0, T - 1)).unfold(0, T, 1).amax(1)[self.starts]
-            odds = largest.double().cumsum(0).numpy()
+            odds = self.errors[self.steps].amax(1).double().cumsum(0).numpy()
             drawn = np.searchsorted(odds, rng.random(len(visited) // 2) * odds[-1])
             number = np.concatenate([visited[len(drawn) :], drawn])
-            starts, last = self.starts[number], ends[self.starts[number]][:, None]
-            steps = (starts + self.after[number])[:, None] + np.arange(T + 1)
+            starts = self.starts[number][:, None]
+            steps, last = starts + np.arange(T + 1), self.last[starts]
             random = rng.integers(data.num_actions, size=(len(starts), T))
-            other = rng.integers(begins[starts], ends[starts] + 1)
-            inside, t, random, other = (
-                torch.from_numpy(x).to(data.actions.device)
-                for x in (steps <= last, np.minimum(steps, last), random, other))
-            frames = torch.cat([torch.where(inside, data.obs_index[t], data.next_obs_index[t]),
-                                data.next_obs_index[other][:, None]], 1)
-            inside, t = inside[:, :-1], t[:, :-1]
-            batch = {"actions": torch.where(inside, data.actions[t], random),
-                     "steps": torch.where(inside, t, -1), "frames": frames, "first": b == 0}
-            if self.with_patches:
-                tiles, batch["index"] = data.frame_tiles[frames].unique(return_inverse=True)
-                batch["patches"] = data.tiles[tiles.long()]
-            yield batch
+            inside, t, random = (torch.from_numpy(x).to(device) for x in (
+                steps <= last, np.minimum(steps, last), random))
+            frames = torch.where(inside, data.obs_index[t], data.next_obs_index[t])
+            tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
+            yield {"patches": data.tiles[tiles.long()], "index": index,
+                   "actions": torch.where(inside[:, :-1], data.actions[t[:, :-1]], random),
+                   "steps": self.steps[number]}
 
 
 def sample_patches(transitions, episodes, seed):
-    """What an encoder starts from -> patches and index of a batch of 4096 steps or, where there are
-    fewer, ten of each episode."""
-    batches = WindowBatches(transitions, episodes, 1, 4096, seed, windows_per_episode=10)
-    batch = next(iter(batches))
+    """What an encoder starts from -> patches and index of a batch of 2048 windows or, where there
+    are fewer, ten of each episode, of four steps if there are as many in an episode."""
+    window = min(4, np.bincount(transitions.episode)[episodes].max())
+    batch = next(iter(WindowBatches(transitions, episodes, window, 2048, seed, 10)))
     return batch["patches"], batch["index"]
 
 

@@ -6,9 +6,6 @@ Reads the data file of collect_minigrid_data.py (and collects it first where it 
 Writes jepa_world_model.pt (or reconstruction_world_model.pt) and loss.png beside this script.
 Run again after an interruption, it goes on from the last epoch that was saved.
 
-EPOCHS epochs train all together, by windows of frames; DYNAMICS_EPOCHS more train the dynamics
-alone, by the latents of an encoder that has settled.
-
     torchrun --nproc-per-node=2 train_jepa.py
 
 shares the encoding of each batch among processes.
@@ -43,7 +40,6 @@ from world_model_jepa import (
     MODELS,
     CheckpointError,
     Losses,
-    dynamics_losses,
     effective_rank,
     hits_at_1,
     latent_spread,
@@ -57,7 +53,6 @@ from world_model_jepa import (
 # ---------------------------------------------------------------------------------------------
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
 EPOCHS = 5                 # passes over the data
-DYNAMICS_EPOCHS = 3        # then of the dynamics alone, on latents that stay: four passes each
 BATCH_SIZE = 64            # windows a batch
 WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
@@ -75,8 +70,7 @@ POINTING_WEIGHT = 1.0      # the dynamics look at the place of what moves
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 100            # batches
 RULES = {  # what the settings may be: (kind, least, most)
-    "EPOCHS": (int, 1, 10**6), "DYNAMICS_EPOCHS": (int, 0, 10**6),
-    "BATCH_SIZE": (int, 2, 10**6), "WINDOW": (int, 2, 10**4),
+    "EPOCHS": (int, 1, 10**6), "BATCH_SIZE": (int, 2, 10**6), "WINDOW": (int, 2, 10**4),
     "LEARNING_RATE": (float, 1e-9, 1), "EMA_MOMENTUM": (float, 0, 0.999999),
     "LATENT_DIM": (int, 2, 10**5), "MOVING_DIM": (int, 1, 10**5),
     "VALIDATION_FRACTION": (float, 1e-9, 0.9), "SEED": (int, 0, 2**63 - 1),
@@ -162,43 +156,45 @@ def train(path, device):
     """Trains on the data file, saving the checkpoint at `path` after each epoch."""
     data = load_data()
     train_episodes, held_out = split_by_episode(data, VALIDATION_FRACTION, SEED)
-    WindowBatches(data, train_episodes, WINDOW, BATCH_SIZE, SEED)  # DataError if none fits
+    passes = max(1, len(data) // (WINDOW * len(set(data.episode))))     # to see all transitions
+    batches = WindowBatches(data, train_episodes, WINDOW, BATCH_SIZE, SEED, passes)
     torch.manual_seed(SEED)
     model, data = new_model(data, train_episodes).to(device), data.to(device)
-    weights = {"prediction": 1, "places": PLACES_WEIGHT, "spread": SPREAD_WEIGHT,
-               "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT}
+    losses, weights = Losses(model), {
+        "prediction": 1, "places": PLACES_WEIGHT, "spread": SPREAD_WEIGHT,
+        "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT}
+    if dist.is_initialized():
+        losses = DistributedDataParallel(losses, find_unused_parameters=OBJECTIVE == "byol")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  LEARNING_RATE, weight_decay=1e-4, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=max(EPOCHS * len(batches), 20), pct_start=0.1)
     old, done, step, history = previous_run(path, data), 0, 0, []
     if old:
         done, step, history = old["epoch"], old["step"], old["history"]
-        model.memory = old["model"]["memory"].to(device)        # of another size
         model.load_state_dict(old["model"])
-        say(f"Going on from epoch {done} of {EPOCHS + DYNAMICS_EPOCHS} in {path.name}")
+        optimizer.load_state_dict(old["optimizer"])
+        schedule.load_state_dict(old["schedule"])
+        batches.errors.copy_(old["errors"])
+        torch.set_rng_state(old["rng_state"])
+        if device.type == "cuda" and old["cuda_rng_state"] is not None:
+            torch.cuda.set_rng_state(old["cuda_rng_state"])
+        say(f"Going on from epoch {done} of {EPOCHS} in {path.name}")
 
-    for epoch in range(done + 1, EPOCHS + DYNAMICS_EPOCHS + 1):
-        if epoch in (done + 1, EPOCHS + 1):
-            batches, losses, optimizer, schedule = stage(model, data, train_episodes, epoch)
-        if old and epoch == done + 1:
-            torch.set_rng_state(old["rng_state"])
-            if device.type == "cuda" and old["cuda_rng_state"] is not None:
-                torch.cuda.set_rng_state(old["cuda_rng_state"])
-            if epoch != EPOCHS + 1:
-                optimizer.load_state_dict(old["optimizer"])
-                schedule.load_state_dict(old["schedule"])
-                batches.errors.copy_(old["errors"])
+    for epoch in range(done + 1, EPOCHS + 1):
         began, total = time.perf_counter(), torch.zeros((), device=device)
         model.train()
         batches.set_epoch(epoch)
         progress = tqdm(batches, f"Epoch {epoch:02d}", leave=False, mininterval=1,
                         disable=rank() > 0)
         for number, batch in enumerate(progress, 1):
-            terms, errors = losses(batch)
+            terms, errors = losses(to_float(batch["patches"]), batch["index"], batch["actions"])
             loss = sum(weights[name] * term for name, term in terms.items())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            if epoch <= EPOCHS:
-                model.update_target_encoder(EMA_MOMENTUM)
+            model.update_target_encoder(EMA_MOMENTUM)
             batches.note_errors(batch, errors)
             total += errors.mean() / LATENT_DIM
             step += 1
@@ -212,6 +208,10 @@ def train(path, device):
                 say(f"Epoch {epoch:02d} | Batch {number:04d} | Step {step:05d} | "
                     f"Avg Loss {average:.4f}")
         model.eval()
+        if epoch == EPOCHS:
+            steps = torch.from_numpy(np.flatnonzero(np.isin(data.episode, train_episodes)))
+            frames = torch.cat([data.obs_index[steps], data.next_obs_index[steps]]).unique()
+            model.remember(encode_frames(model, data, frames, target=True))
         row = {"loss": average, **validate(model, data, held_out)}
         row["seconds"] = time.perf_counter() - began
         history.append(row)
@@ -231,50 +231,6 @@ def train(path, device):
         plot_history(HERE / "loss.png", history)
 
 
-def stage(model, data, episodes, epoch):
-    """What an epoch trains by -> batches, a function of a batch that gives its losses and errors,
-    optimizer and schedule. First all learns together; after EPOCHS the encoder is settled, and the
-    dynamics go on with the latents of all frames (as V-JEPA 2-AC: Assran et al. 2025)."""
-    passes = max(1, len(data) // len(set(data.episode)))                # to see all transitions
-    if epoch <= EPOCHS:
-        batches = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, max(1, passes // WINDOW))
-        module, parameters, epochs = Losses(model), model.parameters(), EPOCHS
-        if dist.is_initialized():
-            module = DistributedDataParallel(module, find_unused_parameters=OBJECTIVE == "byol")
-
-        def losses(batch):
-            return module(to_float(batch["patches"]), batch["index"], batch["actions"])
-    else:
-        batches = WindowBatches(data, episodes, 1, 2 * WINDOW * BATCH_SIZE, SEED, 4 * passes,
-                                with_patches=False)
-        parameters, epochs = model.dynamics.parameters(), DYNAMICS_EPOCHS
-        frames = torch.arange(len(data.frame_tiles), device=data.actions.device)
-        with torch.no_grad():
-            z = encode_frames(model.encoder, data, frames)
-            target = encode_frames(getattr(model, "target_encoder", model.encoder), data, frames)
-        steps = torch.from_numpy(np.flatnonzero(np.isin(data.episode, episodes))).to(target.device)
-        frames = torch.cat([data.obs_index[steps], data.next_obs_index[steps]]).unique()
-        model.remember(target[frames])
-        imagined, m = torch.empty_like(z), model.moving_dim
-
-        def losses(batch):
-            # Of each frame, what this epoch last predicted: a run that is resumed is the same.
-            if batch["first"]:
-                imagined.copy_(z)
-            here, there, other = batch["frames"].T
-            own = F.cosine_similarity(imagined[here, :m], z[here, :m]) > model.same_state
-            own &= torch.rand(len(here), device=z.device) < 0.5
-            terms, errors, imagined[there] = dynamics_losses(
-                model.dynamics, torch.where(own[:, None], imagined[here], z[here]), z[here],
-                z[other], target[there], batch["actions"][:, 0])
-            return terms, errors[:, None]
-    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad],
-                                  LEARNING_RATE, weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=max(epochs * len(batches), 20), pct_start=0.1)
-    return batches, losses, optimizer, schedule
-
-
 def previous_run(path, data):
     """The unfinished checkpoint at `path` if this run continues it, else None.
 
@@ -287,7 +243,7 @@ def previous_run(path, data):
         was = {**old["settings"], "the data": old["data"]["digest"]}
         now = {**settings(), "the data": data.digest}
         changed = [n for n in now if was.get(n) != now[n]]
-        if not changed and old["epoch"] < EPOCHS + DYNAMICS_EPOCHS:
+        if not changed and old["epoch"] < EPOCHS:
             return old
         reason = (f"{changed[0]} was {was.get(changed[0])}, now {now[changed[0]]}" if changed
                   else "it is finished")
@@ -306,8 +262,10 @@ def previous_run(path, data):
 # ---------------------------------------------------------------------------------------------
 # 3. Validation on held-out episodes
 # ---------------------------------------------------------------------------------------------
-def encode_frames(encoder, data, frames):
+@torch.no_grad()
+def encode_frames(model, data, frames, target=False):
     """Numbers of frames (F,) -> latents (F, D), each distinct patch looked at once."""
+    encoder = getattr(model, "target_encoder", model.encoder) if target else model.encoder
     latents = []
     for some in frames.split(512):
         tiles, index = data.frame_tiles[some].unique(return_inverse=True)
@@ -337,8 +295,8 @@ def validate(model, data, episodes):
     first = torch.empty(len(tiles), dtype=torch.long, device=device).scatter_(
         0, same, torch.arange(len(used), device=device))
     before, after = same[pair]
-    online = encode_frames(model.encoder, data, used[first])
-    target = encode_frames(getattr(model, "target_encoder", model.encoder), data, used[first])
+    online = encode_frames(model, data, used[first])
+    target = encode_frames(model, data, used[first], target=True)
     predicted = model.predict_next(online[before], data.actions[starts])
     moved = before != after
 

@@ -10,8 +10,6 @@ static part what stays. The objective, in one line:
 
     L = prediction + places + spread + smoothness + pointing
 
-Once the encoder has settled, the dynamics go on learning the first term alone.
-
 This module reads and writes nothing but checkpoints.
 """
 
@@ -28,7 +26,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 6
+CHECKPOINT_FORMAT = 7
 
 
 # ---------------------------------------------------------------------------------------------
@@ -66,6 +64,33 @@ def maxima(features, lines):
     return F.embedding(kind, F.embedding(lines, features).max(1).values)
 
 
+def slow_features(x, share, index, number, limit=0.1):
+    """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches stays the
+    same within episodes? Walls and goals do; light, agents and doors that open do not.
+
+    The change of a direction in feature space is how much it differs between the first and the last
+    frame of a window at one place, squared, on average and for unit variance: 0 for what always
+    stays, 2 for what comes and goes at random. Each direction is kept by 1 / (1 + (change /
+    limit)^4) of itself.
+
+    x (P, C) centred features of patches, share (P,) how often each occurs, index (B, T+1, h, w)
+    into them -> (C, number): x @ it are the principal components, of total variance 1, of what is
+    kept.
+    """
+    size, axes = torch.linalg.eigh(x.T * share @ x)
+    size, axes = (part[..., size > 1e-6 * size[-1]] for part in (size, axes))
+    white, unwhite = axes * size.rsqrt(), (axes * size.sqrt()).T        # (C, R), (R, C)
+    change, y = 0, x @ white                                            # (P, R), unit variance
+    for some in index.split(8):
+        difference = (y[some[:, 0]] - y[some[:, -1]]).flatten(0, -2)
+        change = change + difference.T @ difference / index[:, 0].numel()
+    change, directions = torch.linalg.eigh(change)
+    kept = white @ directions / (1 + (change / limit) ** 4) @ directions.T @ unwhite
+    y = x @ kept
+    size, axes = torch.linalg.eigh(y.T * share @ y)
+    return kept @ axes[:, -number:] / (size.sum() + 1e-9).sqrt()
+
+
 class ConvEncoder(nn.Module):
     """A small CNN: (B, in_channels, H, W) float in [0, 1] -> (B, latent_dim), unit norm.
 
@@ -75,16 +100,16 @@ class ConvEncoder(nn.Module):
     - the moving part (first `moving_dim` dims) reads each channel's maximum over every row, over
       every column and over the image: one step of the agent is the same small change everywhere.
     - the static part is a linear map of `features` numbers at every place, so that it can keep each
-      wall and gap of a layout. They come from a convolution that stays as it began (as the patch
-      projection of MoCo v3: Chen et al. 2021), or they would all become equal, which is easiest to
-      predict.
+      wall and gap of a layout. They are the slow features of a convolution that stays as it began
+      (as the patch projection of MoCo v3: Chen et al. 2021): what comes and goes, as the agent and
+      its light, does not reach it.
 
     Raises:
         ValueError: the image size is no multiple of the patch size.
     """
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
-                 channels=24, features=8, moving_dim=48):
+                 channels=24, features=8, moving_dim=48, filters=64):
         super().__init__()
         height, width = image_size
         if height % patch_size or width % patch_size:
@@ -93,20 +118,22 @@ class ConvEncoder(nn.Module):
         h, w = height // patch_size, width // patch_size
         self.patch_size = patch_size
         self.convolution = nn.Conv2d(in_channels, channels, patch_size, stride=patch_size)
-        self.fixed = copy.deepcopy(self.convolution).requires_grad_(False)
-        self.register_buffer("average", torch.zeros(channels))  # of `fixed` over the data's frames
+        self.fixed = nn.Conv2d(in_channels, filters, patch_size, stride=patch_size)
+        self.fixed.requires_grad_(False)
+        self.register_buffer("average", torch.zeros(filters))        # over the data's patches
+        self.register_buffer("slow", torch.eye(filters, features))   # see slow_features
+        self.register_buffer("usual", torch.zeros(h * w, features))  # slow features, average frame
         self.moving = nn.Linear(channels * (h + w + 1), moving_dim)
-        self.embed = nn.Linear(channels, features)              # what the static part sees
-        self.embed_target = nn.Linear(channels, features)       # what the dynamics' map shows
         self.static = nn.Linear(features * h * w, latent_dim - moving_dim)
 
     @torch.no_grad()
     def start_from(self, patches, index):
-        """Starts the convolutions with random filters of whitened patches (Coates, Ng & Lee 2011),
-        which find the patches of the data about equally far apart. A closed door in the dark
-        differs from floor by a tenth of the range, next to nothing to usual filters.
+        """Fits to the data what training starts from. The convolutions become random filters of
+        whitened patches (Coates, Ng & Lee 2011), which find the patches about equally far apart: a
+        closed door in the dark differs from floor by a tenth of the range, next to nothing to usual
+        filters. The slow features are found, and their average at every place. On the CPU.
 
-        patches (P, C, p, p) uint8, the distinct ones, index (B, T+2, h, w) into them: see
+        patches (P, C, p, p) uint8, the distinct ones, index (B, T+1, h, w) into them: see
         WindowBatches."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
@@ -116,21 +143,22 @@ class ConvEncoder(nn.Module):
                 len(x) / len(size)) ** 0.5
             layer.weight.copy_(filters.view_as(layer.weight))
             layer.bias.copy_(filters @ (0.5 - x.mean(0)))
-        counts = torch.bincount(index.flatten(), minlength=len(patches))
-        self.average.zero_()
-        for some, count in zip(patches.split(4096), (counts / counts.sum()).split(4096)):
-            self.average += count @ self.look(self.fixed, some / 255)
+        x = torch.cat([self.look(self.fixed, some / 255) for some in patches.split(4096)])
+        share = torch.bincount(index.flatten(), minlength=len(x)) / index.numel()
+        self.average.copy_(share @ x)
+        x -= self.average
+        self.slow.copy_(slow_features(x.double(), share.double(), index, self.slow.shape[1]))
+        shown = (F.embedding(some.flatten(1), x @ self.slow) for some in index[:, 0].split(8))
+        self.usual.copy_(sum(some.sum(0) for some in shown) / len(index))
 
     def look(self, convolution, patches):
         """(P, C, p, p) -> features (P, channels): convolution, layer norm, ReLU."""
         x = convolution(patches - 0.5).flatten(1)
         return F.relu(F.layer_norm(x, x.shape[1:]))
 
-    def embed_patches(self, patches, embed):
-        """(P, C, p, p) -> (P, features), 0 for the average. `embed` is the layer that the static
-        part sees them through, or embed_target: the first is free to forget what comes and goes,
-        as light, while the second tells all patches apart."""
-        return embed(self.look(self.fixed, patches) - self.average)
+    def look_slowly(self, patches):
+        """(P, C, p, p) -> slow features (P, features), 0 for the average."""
+        return (self.look(self.fixed, patches) - self.average) @ self.slow
 
     def forward(self, obs):
         return self.from_patches(*cut(obs, self.patch_size))[0]
@@ -146,9 +174,8 @@ class ConvEncoder(nn.Module):
         profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)
         image = profiles.amax(1, keepdim=True)
         moving = self.moving(torch.cat([profiles, image], 1).flatten(1))
-        seen = self.embed_patches(patches, self.embed)
-        static = self.static(F.embedding(index, seen).flatten(1))
-        return join(moving, static), profiles
+        shown = F.embedding(index.flatten(1), self.look_slowly(patches)) - self.usual
+        return join(moving, self.static(shown.flatten(1))), profiles
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,7 +194,9 @@ class LatentDynamics(nn.Module):
     first (the attention of DRAW, Gregor et al. 2015): `to_row` and `to_column` point at the place
     of what moves, `to_map` unfolds the static part into a map, and of the map's 3 x 3 patches
     around that place a small network reports `report_dim` numbers to the MLP. "The way is free" is
-    then one rule.
+    then one rule. What the map shows at the place itself can shut a gate, so that the moving part
+    stays as it was (as in a GRU, Cho et al. 2014): on a goal, which ends the episode, nothing
+    changes any more.
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
@@ -181,6 +210,7 @@ class LatentDynamics(nn.Module):
         self.action_embedding = nn.Embedding(num_actions, action_dim)
         self.report = nn.Sequential(nn.Linear(9 * features, 64), nn.ReLU(),
                                     nn.Linear(64, report_dim))
+        self.gate = nn.Linear(features, 1)
         self.mlp = nn.Sequential(
             nn.Linear(moving_dim + action_dim + report_dim, hidden_dim),
             nn.LayerNorm(hidden_dim), nn.SiLU(),
@@ -208,15 +238,23 @@ class LatentDynamics(nn.Module):
         near = (row @ maps).unflatten(-1, (self.grid[1], -1))           # (..., 3, w, features)
         return (column.unsqueeze(-3) @ near).flatten(-3)
 
-    def step(self, moving, static, action):
-        """(..., M), (..., S), (...) -> next moving part (..., M), coordinates of size about 1."""
+    def step(self, moving, static, action, noise=0):
+        """(..., M), (..., S), (...) -> next moving part (..., M), coordinates of size about 1.
+
+        `noise` moves the moving part first, so that imagination learns to mend its own errors."""
+        here = moving
+        if noise:
+            here = here + noise * torch.rand_like(here[..., :1]) * torch.randn_like(here)
+            here = F.normalize(here, dim=-1) * math.sqrt(self.split[0])
         maps = self.unfold(static).detach()  # what it shows is for `places` to decide
-        report = self.report(self.glimpse(moving, maps)).tanh()
-        x = [moving, report, self.action_embedding(action)]
+        glimpse = self.glimpse(here, maps)
+        stay = self.gate(glimpse.unflatten(-1, (9, -1))[..., 4, :]).sigmoid()   # (..., 1)
+        x = [here, self.report(glimpse).tanh(), self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
-        return F.normalize(self.codebook(code), dim=-1) * math.sqrt(self.split[0])
+        after = F.normalize(self.codebook(code), dim=-1) * math.sqrt(self.split[0])
+        return F.normalize(after.lerp(moving, stay), dim=-1) * math.sqrt(self.split[0])
 
     def forward(self, z, action):
         moving, static = self.parts(z)
@@ -282,15 +320,18 @@ class JEPAWorldModel(nn.Module):
 
     @torch.no_grad()
     def remember(self, z, apart=0.97, most=4096):
-        """Keeps the moving parts of latents (N, latent_dim), `most` at most, each of which differs
-        from all that were kept before it: cosine below `apart`."""
+        """Keeps the moving parts of latents (N, latent_dim) that differ, each from all that were
+        kept before it: cosine below `apart`. None where there are more than `most`."""
         z = F.normalize(z[:, :self.moving_dim], dim=-1)
         order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
         kept = z[:0]
         for some in z[order.to(z.device)].split(2048):
             some = some[(some @ kept.T > apart).sum(1) == 0]
             twins = (some @ some.T > apart).float()
-            kept = torch.cat([kept, some[twins.cumsum(1).diagonal() == 1]])[:most]
+            kept = torch.cat([kept, some[twins.cumsum(1).diagonal() == 1]])
+            if len(kept) > most:
+                kept = z[:0]
+                break
         self.memory, self.arguments["memory"] = kept, len(kept)
 
     def recall(self, z, sharpness=200):
@@ -397,31 +438,26 @@ def encode_shared(encoder, patches, index):
 def compute_losses(model, patches, index, actions):
     """A batch of windows -> {term: scalar}, and the prediction errors (B, T) without gradient.
 
-    patches (P, C, p, p) in [0, 1], the distinct ones of the batch; index (B, T+2, h, w) puts the
-    windows' T + 1 frames together from them, and a frame of another moment of the same episode;
-    actions (B, T). An error is the squared distance of two unit-norm latents: 0 to 4, and
-    latent_dim times the mean squared error that is logged.
+    patches (P, C, p, p) in [0, 1], the distinct ones of the batch; index (B, T+1, h, w) puts the
+    windows' frames together from them; actions (B, T). An error is the squared distance of two
+    unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is logged.
     """
     B, T = actions.shape
-    frames = index.flatten(0, 1)                            # (B * (T+2), h, w)
-    z, profiles = (x.unflatten(0, (B, T + 2))
-                   for x in encode_shared(model.encoder, patches, frames))
-    moving, static = model.dynamics.parts(z)                # (B, T+2, M), (B, T+2, S)
-    moving, profiles = moving[:, :-1], profiles[:, :-1]
-    first, other = static[:, :1], static[:, -1:]
-    elsewhere = torch.cat([change_light(other, first), change_light(first, other)], 1)
-    after = model.dynamics.step(moving[:, :-1], elsewhere[:, 1:].detach(), actions)
-    predicted = join(after, other)
+    z, profiles = (x.unflatten(0, (B, T + 1))
+                   for x in encode_shared(model.encoder, patches, index.flatten(0, 1)))
+    moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
+    first = static[:, :1]
+    predicted = join(model.dynamics.step(moving[:, :-1], first.detach(), actions, noise=0.3), first)
     if model.objective == "reconstruction":
-        frames = patches[index[:, :-1]].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         errors = [(model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean((1, 2, 3))
-                  for x, true in ((z[:, :-1], frames), (predicted, frames[:, 1:]))]
+                  for x, true in ((z, frames), (predicted, frames[:, 1:]))]
         return {"prediction": sum(map(weigh_by_error, errors)),
-                "places": places(model, elsewhere.detach(), patches, index),
+                "places": places(model, static.detach(), patches, index),
                 "pointing": pointing(model, moving.detach(), profiles)
                 }, errors[1].detach().view(B, T) * z.shape[-1]
     with torch.no_grad():
-        target = encode_shared(model.target_encoder, patches, index[:, 1:-1].flatten(0, 1))[0]
+        target = encode_shared(model.target_encoder, patches, index[:, 1:].flatten(0, 1))[0]
         target = target.unflatten(0, (B, T))
     error = (predicted - target).square().sum(-1)           # (B, T)
     if model.objective == "byol":
@@ -430,40 +466,11 @@ def compute_losses(model, patches, index, actions):
     layout = static.mean(1)
     return {
         "prediction": weigh_by_error(error),
-        "places": places(model, elsewhere, patches, index),
+        "places": places(model, static, patches, index),
         "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
-        "smoothness": 0.4 * moving.diff(dim=1).square().mean()
-        + 3 * (static[:, 0] - static[:, -1]).square().mean(),
+        "smoothness": 0.4 * moving.diff(dim=1).square().mean(),
         "pointing": pointing(model, moving.detach(), profiles),
     }, error.detach()
-
-
-def dynamics_losses(dynamics, z, seen, other, target, actions, noise=0.3):
-    """The prediction term alone, for latents (B, D) of a settled encoder.
-
-    z is where to start: the latent of a frame, or what was imagined of it. `seen` is that frame's,
-    `other` that of another moment of the episode, `target` that of the next frame; actions (B,).
-    Returns {"prediction": scalar}, errors (B,) and the predicted latents (B, D), without gradient.
-
-    `noise` moves the moving part, so that imagination learns to mend its own errors.
-    """
-    moving, static = dynamics.parts(z)[0], dynamics.parts(other)[1]
-    moving = moving + noise * torch.rand_like(moving[:, :1]) * torch.randn_like(moving)
-    moving = F.normalize(moving, dim=-1) * math.sqrt(moving.shape[-1])
-    static = change_light(dynamics.parts(seen)[1], static)
-    predicted = join(dynamics.step(moving, static, actions), other[:, dynamics.split[0]:])
-    error = (predicted - target)[:, :dynamics.split[0]].square().sum(-1)
-    return {"prediction": weigh_by_error(error)}, error.detach(), predicted.detach()
-
-
-def change_light(static, other):
-    """Static parts of two moments of each episode, (B, ..., S) twice -> those of the second,
-    changed by what sets the two apart in three other episodes (as in Delta-encoder, Schwartz et al.
-    2018). That is light, wherever it may fall, and no rooms: all that listens learns to overlook
-    it, and the encoder to leave it out.
-    """
-    change = static - other
-    return other + sum(change.roll(shift, 0) for shift in (1, 2, 3))
 
 
 def weigh_by_error(error):
@@ -488,32 +495,34 @@ def vicreg(z, variance=1, covariance=0.04):
 
 
 def places(model, static, patches, index, candidates=64):
-    """From the static part alone: which patch stands at each place at another moment? That of a
-    window's first frame is asked about the other moment's frame, and the other way round.
+    """From the static part alone: which patch stands at each place at another moment? The first
+    frame's is asked about the window's last frame, and the other way round.
 
     As in CPC (van den Oord et al. 2018) and I-JEPA (Assran et al. 2023), features of places are
-    told, not pixels: a softmax over distances to at most `candidates` of the batch's patches.
+    told, not pixels. Both what is told and what is true are softmaxes over distances to at most
+    `candidates` of the batch's patches, as slow features see them (soft assignments, as in SwAV:
+    Caron et al. 2020).
 
-    static (B, 2, S) of the two moments, index (B, T+2, h, w) -> mean of log(1 + cross-entropy,
-    summed over places).
+    static (B, T+1, S), index (B, T+1, h, w) -> mean of log(1 + KL divergence, summed over places).
     """
     P = len(patches)
     count = torch.bincount(index.flatten(), minlength=P).float()
+    features = model.encoder.look_slowly(patches)                       # (P, features)
     kept = torch.arange(P, device=index.device)
     if P > candidates:
         kept = torch.multinomial(count.sqrt(), candidates)
-    encoder = model.encoder
-    features = encoder.embed_patches(patches[kept], encoder.embed_target)       # (K, features)
-    number = index.new_full((P,), -1).scatter_(0, kept, torch.arange(len(kept), device=kept.device))
-    odds = ((count[kept] + 1) / (count[kept] + 1).sum()).log()
-    total = 0
+    count, kept = count[kept], features[kept]                           # (K,), (K, features)
+
+    def assign(x):
+        """(..., features) -> log-odds of the candidates (..., K)."""
+        return (4 * x @ kept.T - 2 * kept.square().sum(1) + count.log()).log_softmax(-1)
+
+    true, total = assign(features), 0
     for here, there in ((0, -1), (-1, 0)):
-        shown = model.dynamics.unfold(static[:, here])                  # (B, h * w, features)
-        scores = 4 * shown @ features.T - 2 * features.square().sum(1) + odds
-        true = number[index[:, there].flatten(1)]                       # (B, h * w)
-        error = F.cross_entropy(scores.flatten(0, 1), true.flatten(), reduction="none",
-                                ignore_index=-1)
-        total = total + error.view_as(true).sum(1).log1p().mean() / 2
+        told = assign(model.dynamics.unfold(static[:, here]))           # (B, h * w, K)
+        wanted = F.embedding(index[:, there].flatten(1), true)
+        error = F.kl_div(told, wanted, reduction="none", log_target=True).sum((1, 2))
+        total = total + error.log1p().mean() / 2
     return total
 
 

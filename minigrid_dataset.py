@@ -347,6 +347,8 @@ class WindowBatches:
         _, self.first, self.count = np.unique(
             episode[self.starts], return_index=True, return_counts=True)
         self.last = np.searchsorted(episode, episode, side="right") - 1     # of the same episode
+        self.absorbing = (np.zeros(len(transitions), bool) if transitions.terminated is None
+                          else np.asarray(transitions.terminated))
         steps, N = self.starts[:, None] + np.arange(window), len(transitions)       # (S, T)
         past = steps > self.last[self.starts][:, None]
         self.steps = torch.from_numpy(np.where(past, N + episode[self.starts][:, None], steps))
@@ -375,13 +377,14 @@ class WindowBatches:
             starts = self.starts[number][:, None]
             steps, last = starts + np.arange(T + 1), self.last[starts]
             random = rng.integers(data.num_actions, size=(len(starts), T))
-            inside, t, random = (torch.from_numpy(x).to(device) for x in (
-                steps <= last, np.minimum(steps, last), random))
+            over = (steps > last) & self.absorbing[last]
+            inside, t, random, over = (torch.from_numpy(x).to(device) for x in (
+                steps <= last, np.minimum(steps, last), random, over))
             frames = torch.where(inside, data.obs_index[t], data.next_obs_index[t])
             tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
             yield {"patches": data.tiles[tiles.long()], "index": index,
                    "actions": torch.where(inside[:, :-1], data.actions[t[:, :-1]], random),
-                   "steps": self.steps[number]}
+                   "steps": self.steps[number], "over": over}
 
 
 def sample_patches(transitions, episodes, seed):

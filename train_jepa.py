@@ -149,6 +149,20 @@ def new_model(data, episodes):
     return model
 
 
+def new_batches(data, episodes):
+    """Windows in as many passes as see all transitions about once an epoch."""
+    passes = max(1, len(data) // (WINDOW * len(set(data.episode))))
+    return WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
+
+
+def new_optimizer(model, batches):
+    """-> AdamW, and its one-cycle schedule over EPOCHS."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  LEARNING_RATE, weight_decay=1e-4, fused=True)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=max(EPOCHS * len(batches), 20), pct_start=0.1)
+
+
 # ---------------------------------------------------------------------------------------------
 # 2. Training
 # ---------------------------------------------------------------------------------------------
@@ -156,19 +170,15 @@ def train(path, device):
     """Trains on the data file, saving the checkpoint at `path` after each epoch."""
     data = load_data()
     train_episodes, held_out = split_by_episode(data, VALIDATION_FRACTION, SEED)
-    passes = max(1, len(data) // (WINDOW * len(set(data.episode))))     # to see all transitions
-    batches = WindowBatches(data, train_episodes, WINDOW, BATCH_SIZE, SEED, passes)
+    batches = new_batches(data, train_episodes)
     torch.manual_seed(SEED)
     model, data = new_model(data, train_episodes).to(device), data.to(device)
     losses, weights = Losses(model), {
         "prediction": 1, "places": PLACES_WEIGHT, "spread": SPREAD_WEIGHT,
-        "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT}
+        "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT, "ending": 1}
     if dist.is_initialized():
         losses = DistributedDataParallel(losses, find_unused_parameters=OBJECTIVE == "byol")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  LEARNING_RATE, weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=max(EPOCHS * len(batches), 20), pct_start=0.1)
+    optimizer, schedule = new_optimizer(model, batches)
     old, done, step, history = previous_run(path, data), 0, 0, []
     if old:
         done, step, history = old["epoch"], old["step"], old["history"]
@@ -188,7 +198,7 @@ def train(path, device):
         progress = tqdm(batches, f"Epoch {epoch:02d}", leave=False, mininterval=1,
                         disable=rank() > 0)
         for number, batch in enumerate(progress, 1):
-            terms, errors = losses(to_float(batch["patches"]), batch["index"], batch["actions"])
+            terms, errors = losses(batch)
             loss = sum(weights[name] * term for name, term in terms.items())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -209,9 +219,7 @@ def train(path, device):
                     f"Avg Loss {average:.4f}")
         model.eval()
         if epoch == EPOCHS:
-            steps = torch.from_numpy(np.flatnonzero(np.isin(data.episode, train_episodes)))
-            frames = torch.cat([data.obs_index[steps], data.next_obs_index[steps]]).unique()
-            model.remember(encode_frames(model, data, frames, target=True))
+            remember(model, data, train_episodes)
         row = {"loss": average, **validate(model, data, held_out)}
         row["seconds"] = time.perf_counter() - began
         history.append(row)
@@ -229,6 +237,13 @@ def train(path, device):
                                            "metadata": data.metadata})
     if rank() == 0:
         plot_history(HERE / "loss.png", history)
+
+
+def remember(model, data, episodes):
+    """What is remembered are the frames of the episodes that were trained on."""
+    steps = torch.from_numpy(np.flatnonzero(np.isin(data.episode, episodes)))
+    frames = torch.cat([data.obs_index[steps], data.next_obs_index[steps]]).unique()
+    model.remember(encode_frames(model, data, frames, target=True))
 
 
 def previous_run(path, data):

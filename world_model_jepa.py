@@ -194,9 +194,8 @@ class LatentDynamics(nn.Module):
     first (the attention of DRAW, Gregor et al. 2015): `to_row` and `to_column` point at the place
     of what moves, `to_map` unfolds the static part into a map, and of the map's 3 x 3 patches
     around that place a small network reports `report_dim` numbers to the MLP. "The way is free" is
-    then one rule. What the map shows at the place itself can shut a gate, so that the moving part
-    stays as it was (as in a GRU, Cho et al. 2014): on a goal, which ends the episode, nothing
-    changes any more.
+    then one rule. Of the same patches `ending` tells whether the episode is over (the continue
+    predictor of DreamerV2): on a goal, say, after which nothing changes any more.
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
@@ -210,7 +209,8 @@ class LatentDynamics(nn.Module):
         self.action_embedding = nn.Embedding(num_actions, action_dim)
         self.report = nn.Sequential(nn.Linear(9 * features, 64), nn.ReLU(),
                                     nn.Linear(64, report_dim))
-        self.gate = nn.Linear(features, 1)
+        self.ending = nn.Sequential(nn.Linear(9 * features, 64), nn.ReLU(), nn.Linear(64, 1))
+        nn.init.constant_(self.ending[-1].bias, -5)     # rare (as Lin et al. 2017)
         self.mlp = nn.Sequential(
             nn.Linear(moving_dim + action_dim + report_dim, hidden_dim),
             nn.LayerNorm(hidden_dim), nn.SiLU(),
@@ -226,9 +226,9 @@ class LatentDynamics(nn.Module):
         """(..., S) -> map (..., h * w, features): what stands where."""
         return self.to_map(static).unflatten(-1, (math.prod(self.grid), -1))
 
-    def glimpse(self, moving, maps):
-        """(..., M), (..., h * w, features) -> (..., 9 * features): the 3 x 3 places around what
-        moves."""
+    def glimpse(self, moving, static):
+        """(..., M), (..., S) -> (..., 9 * features): the map's 3 x 3 places around what moves."""
+        maps = self.unfold(static).detach()  # what it shows is for `places` to decide
         maps = maps.unflatten(-2, self.grid).flatten(-2)                # (..., h, w * features)
         # The pointers at the row before, at and after, and so for columns: (..., 3, h). Where to
         # look is for `pointing` to decide.
@@ -242,23 +242,21 @@ class LatentDynamics(nn.Module):
         """(..., M), (..., S), (...) -> next moving part (..., M), coordinates of size about 1.
 
         `noise` moves the moving part first, so that imagination learns to mend its own errors."""
-        here = moving
         if noise:
-            here = here + noise * torch.rand_like(here[..., :1]) * torch.randn_like(here)
-            here = F.normalize(here, dim=-1) * math.sqrt(self.split[0])
-        maps = self.unfold(static).detach()  # what it shows is for `places` to decide
-        glimpse = self.glimpse(here, maps)
-        stay = self.gate(glimpse.unflatten(-1, (9, -1))[..., 4, :]).sigmoid()   # (..., 1)
-        x = [here, self.report(glimpse).tanh(), self.action_embedding(action)]
+            moving = moving + noise * torch.rand_like(moving[..., :1]) * torch.randn_like(moving)
+            moving = F.normalize(moving, dim=-1) * math.sqrt(self.split[0])
+        report = self.report(self.glimpse(moving, static)).tanh()
+        x = [moving, report, self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
-        after = F.normalize(self.codebook(code), dim=-1) * math.sqrt(self.split[0])
-        return F.normalize(after.lerp(moving, stay), dim=-1) * math.sqrt(self.split[0])
+        return F.normalize(self.codebook(code), dim=-1) * math.sqrt(self.split[0])
 
     def forward(self, z, action):
         moving, static = self.parts(z)
-        return join(self.step(moving, static, action), static)
+        after = self.step(moving, static, action)
+        over = self.ending(self.glimpse(moving, static)) > 0            # (..., 1)
+        return join(torch.where(over, moving, after), static)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -419,8 +417,8 @@ class Losses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, patches, index, actions):
-        return compute_losses(self.model, patches, index, actions)
+    def forward(self, batch):
+        return compute_losses(self.model, batch)
 
 
 def encode_shared(encoder, patches, index):
@@ -435,13 +433,15 @@ def encode_shared(encoder, patches, index):
             for x in encoder.from_patches(patches, own)]
 
 
-def compute_losses(model, patches, index, actions):
+def compute_losses(model, batch):
     """A batch of windows -> {term: scalar}, and the prediction errors (B, T) without gradient.
 
-    patches (P, C, p, p) in [0, 1], the distinct ones of the batch; index (B, T+1, h, w) puts the
-    windows' frames together from them; actions (B, T). An error is the squared distance of two
-    unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is logged.
+    batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, T+1, h, w) that puts
+    the windows' frames together from them; actions (B, T); over (B, T+1): has the episode ended? An
+    error is the squared distance of two unit-norm latents: 0 to 4, and latent_dim times the mean
+    squared error that is logged.
     """
+    patches, index, actions = batch["patches"] / 255, batch["index"], batch["actions"]
     B, T = actions.shape
     z, profiles = (x.unflatten(0, (B, T + 1))
                    for x in encode_shared(model.encoder, patches, index.flatten(0, 1)))
@@ -454,7 +454,8 @@ def compute_losses(model, patches, index, actions):
                   for x, true in ((z, frames), (predicted, frames[:, 1:]))]
         return {"prediction": sum(map(weigh_by_error, errors)),
                 "places": places(model, static.detach(), patches, index),
-                "pointing": pointing(model, moving.detach(), profiles)
+                "pointing": pointing(model, moving.detach(), profiles),
+                "ending": ending(model, moving.detach(), first, batch["over"])
                 }, errors[1].detach().view(B, T) * z.shape[-1]
     with torch.no_grad():
         target = encode_shared(model.target_encoder, patches, index[:, 1:].flatten(0, 1))[0]
@@ -470,6 +471,7 @@ def compute_losses(model, patches, index, actions):
         "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
         "smoothness": 0.4 * moving.diff(dim=1).square().mean(),
         "pointing": pointing(model, moving.detach(), profiles),
+        "ending": ending(model, moving.detach(), first, batch["over"]),
     }, error.detach()
 
 
@@ -539,6 +541,14 @@ def pointing(model, moving, profiles):
     return sum(F.cross_entropy(to_place(moving).flatten(0, 1), place.argmax(-1).flatten())
                for to_place, place in ((model.dynamics.to_row, row),
                                        (model.dynamics.to_column, column)))
+
+
+def ending(model, moving, static, over):
+    """Teaches the dynamics where an episode is over, without touching the latents.
+
+    moving (B, T+1, M), static (B, 1, S), over (B, T+1) bool -> mean cross-entropy, by error."""
+    told = model.dynamics.ending(model.dynamics.glimpse(moving, static)).squeeze(-1)
+    return weigh_by_error(F.binary_cross_entropy_with_logits(told, over.float(), reduction="none"))
 
 
 # ---------------------------------------------------------------------------------------------

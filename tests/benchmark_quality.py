@@ -11,16 +11,14 @@ tuning seed, in runs of about a third of the length, judged by hit@1 on held-out
 data file; this project's default stays as train_jepa.py has it. Then 3 fresh seeds are scored with
 the functions of inspect_jepa_model.py and plan_with_jepa.py.
 
-All train in the two stages of train_jepa.py, with its draws of windows, numbers of steps and
-schedule. The peers know no second stage; here their encoder then stays as it is, and their dynamics
-go on alone, by their own error of prediction. A batch has as many transitions as this project's, in
-whole windows, so that PLDM keeps its rollouts. The objectives of world_model_jepa.py (the default,
-reconstruction, and BYOL over `own`) train exactly as train_jepa.py does. Over `own`, a peer's
-dynamics look at a map, and by pointers, that its loss leaves as they began.
+All train as train_jepa.py does, with its draws of windows, numbers of steps and schedule. The
+objectives of world_model_jepa.py are the default, reconstruction, and BYOL over `own`. Over `own`,
+a peer's dynamics look at a map, and by pointers, that its loss leaves as they began, and it has no
+memory.
 
 Writes data/benchmark_quality.json, a row for each run. What is there is not done again as long as
 the data, the settings and, for `own`, world_model_jepa.py are the same; delete it after an edit of
-this file or of `stage` in train_jepa.py. Ends with a Markdown table for each arena: mean / worst of
+this file. Ends with a Markdown table for each arena: mean / worst of
 the seeds. Takes many hours; processes with different words can run side by side.
 """
 
@@ -49,15 +47,19 @@ import collect_minigrid_data as collect  # noqa: E402
 import inspect_jepa_model as inspect  # noqa: E402
 import plan_with_jepa as plan  # noqa: E402
 import train_jepa  # noqa: E402
-from minigrid_dataset import WindowBatches, join_tiles, load_transitions, to_float  # noqa: E402
-from world_model_jepa import MODELS, JEPAWorldModel, pick_device  # noqa: E402
+from minigrid_dataset import join_tiles, load_transitions, to_float  # noqa: E402
+from world_model_jepa import (  # noqa: E402
+    MODELS,
+    JEPAWorldModel,
+    compute_losses,
+    pick_device,
+)
 
 # ------------------------------------------------------------------------ settings: edit and rerun
 SEEDS = (1, 2, 3)         # of the runs that are reported
 TUNING_SEED = 100         # of the search
-# Passes over the data in the first stage, and then of the dynamics alone.
-EPOCHS = {"fourrooms": (train_jepa.EPOCHS, train_jepa.DYNAMICS_EPOCHS), "dots": (24, 15)}
-TUNING_EPOCHS = {"fourrooms": (3, 2), "dots": (8, 5)}
+EPOCHS = {"fourrooms": train_jepa.EPOCHS, "dots": 24}       # passes over the data
+TUNING_EPOCHS = {"fourrooms": 2, "dots": 8}
 RATES = {"plain": (1e-3, 3e-3), "own": (2e-3, 5e-3)}        # searched with 3 weights
 LONE_RATES = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)           # searched where there is no weight
 STEPS = (1, 10, 20)       # ahead, in the table; settings are chosen by the mean over these and 5
@@ -170,8 +172,8 @@ OWN_OBJECTIVES = {"untrained": "jepa", "byol": "byol", "reconstruction": "recons
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. The recipes: an error of the prediction (B, T), and what is added to its mean while the encoder
-#    learns. They see T + 1 frames of each window as x (B, T+1, D), and actions (B, T).
+# 2. The recipes: an error of the prediction (B, T), and what is added to its mean. They see the
+#    T + 1 frames of each window as x (B, T+1, D), and actions (B, T).
 # ---------------------------------------------------------------------------------------------
 def one_step(model, x, target, actions):
     """Squared error of each next latent, predicted from the encoded one before it. `target` is x,
@@ -292,98 +294,71 @@ def grid(recipe, body):
     return list(itertools.product(weights, RATES[body] if len(weights) > 1 else LONE_RATES))
 
 
-def our_stage(model, data, episodes, epoch):
-    """-> batches, a function of a batch that gives its loss and errors, optimizer and schedule."""
-    batches, losses, *rest = train_jepa.stage(model, data, episodes, epoch)
-
-    def loss_of(batch):
-        terms, errors = losses(batch)
-        return sum(getattr(train_jepa, f"{name.upper()}_WEIGHT", 1) * term
-                   for name, term in terms.items()), errors
-    return batches, loss_of, *rest
+def our_loss(model, batch):
+    """-> the loss of a batch as train_jepa.py has it, and the errors (B, T) to draw by."""
+    terms, errors = compute_losses(model, batch)
+    return sum(getattr(train_jepa, f"{name.upper()}_WEIGHT", 1) * term
+               for name, term in terms.items()), errors
 
 
-def peer_stage(added, weight, model, data, episodes, epoch):
+def peer_loss(added, weight, model, batch):
     """The same for a peer, which learns its error + added(model, x, actions, weight)."""
-    first, T, error_of = epoch <= train_jepa.EPOCHS, train_jepa.WINDOW, ERRORS.get(added, one_step)
-    encoders = dict.fromkeys((model.encoder, model.target_encoder))     # two for BYOL, or one
-    if first:
-        batches, _, *rest = train_jepa.stage(model, data, episodes, epoch)
-    else:
-        frames = torch.arange(len(data.frame_tiles), device=DEVICE)
+    def see(encoder):
+        latents = encoder.from_patches(to_float(batch["patches"]), batch["index"].flatten(0, 1))[0]
+        return model.coordinates(latents.unflatten(0, batch["index"].shape[:2]))
+
+    x, actions, target = see(model.encoder), batch["actions"], None
+    if model.target_encoder is not model.encoder:                       # BYOL
         with torch.no_grad():
-            z = {e: train_jepa.encode_frames(e, data, frames) for e in encoders}
-        none = torch.zeros(len(frames), model.latent_dim, device=DEVICE)
-        with mock.patch.object(train_jepa, "encode_frames", return_value=none), \
-                mock.patch.object(type(model), "remember"):             # peers have no memory
-            batches, _, *rest = train_jepa.stage(model, data, episodes, epoch)
-        batches = WindowBatches(data, episodes, T, batches.batch_size // T, batches.seed,
-                                max(1, batches.passes // T), with_patches=False)
-
-    def see(encoder, batch):
-        if not first:
-            return model.coordinates(z[encoder][batch["frames"][:, :-1]])
-        index = batch["index"][:, :-1]
-        latents = encoder.from_patches(to_float(batch["patches"]), index.flatten(0, 1))[0]
-        return model.coordinates(latents.unflatten(0, index.shape[:2]))
-
-    def loss_of(batch):
-        x, *target = (see(encoder, batch) for encoder in encoders)
-        target, actions = target[0].detach() if target else x, batch["actions"]
-        error = error_of(model, x, target, actions)
-        loss = error.mean() + (added(model, x, actions, weight) if first else 0)
-        error = error.detach()
-        return loss, error / error.mean()   # of 1 on average, as those not yet seen are taken to be
-    return batches, loss_of, *rest
+            target = see(model.target_encoder)
+    error = ERRORS.get(added, one_step)(model, x, x if target is None else target, actions)
+    loss, error = error.mean() + added(model, x, actions, weight), error.detach()
+    return loss, error / error.mean()   # of 1 on average, as those not yet seen are taken to be
 
 
 def train(data, recipe, body, weight, rate, epochs, seed):
     """-> model in eval mode, seconds of training. FloatingPointError where it diverges."""
     objective = "plain" if body == "plain" else OWN_OBJECTIVES.get(recipe, "own")
     with mock.patch.multiple(train_jepa, OBJECTIVE=objective, LEARNING_RATE=rate, SEED=seed,
-                             EPOCHS=epochs[0], DYNAMICS_EPOCHS=epochs[1]):
+                             EPOCHS=epochs):
         return train_as_set(data, recipe, body, weight)
 
 
 def train_as_set(data, recipe, body, weight):
     """The loop of train_jepa.py."""
     learnt = getattr(RECIPES[recipe], body)
-    stage = our_stage if learnt is OURS else functools.partial(peer_stage, learnt, weight)
+    loss_of = our_loss if learnt is OURS else functools.partial(peer_loss, learnt, weight)
     episodes, held_out = train_jepa.split_by_episode(
         data, train_jepa.VALIDATION_FRACTION, train_jepa.SEED)
     torch.manual_seed(train_jepa.SEED)
-    model = train_jepa.new_model(data, episodes)
+    model, batches = train_jepa.new_model(data, episodes), train_jepa.new_batches(data, episodes)
     if learnt is byol:
         model.target_encoder = copy.deepcopy(model.encoder).requires_grad_(False)
     model, data = model.to(DEVICE), data.to(DEVICE)
+    optimizer, schedule = train_jepa.new_optimizer(model, batches)
     began = time.perf_counter()
-    epochs = train_jepa.EPOCHS + train_jepa.DYNAMICS_EPOCHS if learnt else 0
-    for epoch in range(1, epochs + 1):
-        if epoch in (1, train_jepa.EPOCHS + 1):
-            model.eval()
-            if epoch > 1 and learnt is OURS:
-                train_jepa.validate(model, data, held_out)  # what counts as the same state
-            batches, loss_of, optimizer, schedule = stage(model, data, episodes, epoch)
-        model.train()
+    model.train()
+    for epoch in range(1, train_jepa.EPOCHS + 1 if learnt else 1):
         batches.set_epoch(epoch)
         for batch in batches:
-            loss, errors = loss_of(batch)
+            loss, errors = loss_of(model, batch)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"{recipe}, {body}: the loss is {loss}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            if epoch <= train_jepa.EPOCHS:
-                model.update_target_encoder(train_jepa.EMA_MOMENTUM)
+            model.update_target_encoder(train_jepa.EMA_MOMENTUM)
             batches.note_errors(batch, errors)
     seconds = time.perf_counter() - began
     model.eval()
     with torch.no_grad():
         if body == "plain":
             some = torch.arange(0, len(data.frame_tiles), 20, device=DEVICE)
-            centre = train_jepa.encode_frames(model.target_encoder, data, some).mean(0)
+            centre = train_jepa.encode_frames(model, data, some, target=True).mean(0)
             model.encoder.centre = model.target_encoder.centre = centre
+        if learnt is OURS:
+            train_jepa.remember(model, data, episodes)
         train_jepa.validate(model, data, held_out)  # sets the planner's threshold
     return model, seconds
 
@@ -567,7 +542,7 @@ def stamp(data, body):
     names = its if body == "own" else ("BATCH_SIZE", "WINDOW", "LATENT_DIM", "VALIDATION_FRACTION")
     facts = [data.digest, PLAN_TASKS, PLAN_STATES, [getattr(inspect, n) for n in inspect.LEAST],
              {n: its[n] for n in names
-              if n not in ("OBJECTIVE", "SEED", "EPOCHS", "DYNAMICS_EPOCHS")}]
+              if n not in ("OBJECTIVE", "SEED", "EPOCHS")}]
     source = (REPO / "world_model_jepa.py").read_text() if body == "own" else ""
     return hashlib.sha256((json.dumps(facts) + source).encode()).hexdigest()[:8]
 
@@ -575,7 +550,7 @@ def stamp(data, body):
 def run_once(key, data, recipe, body, setting, epochs, seed, score):
     """-> the row of one run, from the file or from now on in it."""
     key += (f" {recipe} {body}, weight {setting[0]}, rate {setting[1]}, "
-            f"{epochs[0]} + {epochs[1]} epochs, seed {seed}, {stamp(data, body)}")
+            f"{epochs} epochs, seed {seed}, {stamp(data, body)}")
     if key not in recall():
         try:
             model, seconds = train(data, recipe, body, *setting, epochs, seed)

@@ -413,12 +413,12 @@ def bench_step(folder):
 
         def step():
             batch = next(batches)
-            patches = minigrid_dataset.to_float(batch["patches"])
             if on_pixels:  # every patch of every frame by itself
-                frames = minigrid_dataset.join_tiles(patches, batch["index"].flatten(0, 1))
-                patches, index = world_model_jepa.cut(frames, patches.shape[-1])
-                batch["index"] = index.unflatten(0, batch["index"].shape[:2])
-            terms, _ = losses(patches, batch["index"], batch["actions"])
+                side, shape = batch["patches"].shape[-1], batch["index"].shape[:2]
+                frames = minigrid_dataset.join_tiles(batch["patches"], batch["index"].flatten(0, 1))
+                batch["patches"], index = world_model_jepa.cut(frames, side)
+                batch["index"] = index.unflatten(0, shape)
+            terms, _ = losses(batch)
             optimizer.zero_grad()
             sum(terms.values()).backward()
             optimizer.step()
@@ -466,7 +466,8 @@ def bench_scale(folder):
             "import numpy as np, train_jepa as t\nbegan = time.time()\n"
             "data = d.load_transitions(c.data_path())\nloaded = time.time()\n"
             "episodes = np.unique(data.episode)\nmodel = t.new_model(data, episodes)\n"
-            "batches, losses, optimizer, _ = t.stage(model, data, episodes, 1)\n"
+            "batches = t.new_batches(data, episodes)\n"
+            "losses, (optimizer, _) = t.Losses(model), t.new_optimizer(model, batches)\n"
             "for batch in batches:\n"
             "    terms, errors = losses(batch)\n"
             "    optimizer.zero_grad(); sum(terms.values()).backward(); optimizer.step()\n"

@@ -380,15 +380,16 @@ def known_windows(arrays, batches):
     first = np.cumsum([0, *LENGTHS])
     found = []
     for batch in batches:
-        assert batch.keys() == {"patches", "index", "actions", "steps"}
+        assert batch.keys() == {"patches", "index", "actions", "steps", "over"}
         B, T = batch["actions"].shape
         assert batch["index"].shape == (B, T + 1, 4, 5)
         assert batch["index"].dtype == batch["actions"].dtype == torch.int64
         # Distinct patches, all of this batch and no others.
         assert len(batch["patches"].unique(dim=0)) == len(batch["patches"])
         assert torch.equal(batch["index"].unique(), torch.arange(len(batch["patches"])))
-        for maps, actions, steps in zip(batch["index"], batch["actions"].tolist(),
-                                        batch["steps"].tolist(), strict=True):
+        for maps, actions, steps, over in zip(batch["index"], batch["actions"].tolist(),
+                                              batch["steps"].tolist(), batch["over"].tolist(),
+                                              strict=True):
             pixels = md.join_tiles(batch["patches"], maps).permute(0, 2, 3, 1).numpy()
             t = actions[0]
             end = first[arrays["episode"][t] + 1]
@@ -396,6 +397,8 @@ def known_windows(arrays, batches):
             assert past == 0 or arrays["terminated"][end - 1]
             assert actions[: T - past] == list(range(t, t + T - past))
             assert steps == [*range(t, t + T - past), *[40 + arrays["episode"][t]] * past]
+            assert over == [bool(k >= end and arrays["terminated"][end - 1])
+                            for k in range(t, t + T + 1)]
             assert all(0 <= action < 40 for action in actions)
             assert np.array_equal(pixels[: T - past], arrays["obs"][t : t + T - past])
             for image in pixels[T - past :]:  # the frame after the last step, and its repeats
@@ -419,8 +422,8 @@ def test_half_of_a_batch_is_drawn_by_the_last_errors(windowed):
     shares = []
     for noted in (False, True):
         if noted:  # only transition 16 is not known yet
-            batches.note_errors({"steps": torch.arange(40)[None]},
-                                (torch.arange(40) == 16).float()[None])
+            batches.note_errors({"steps": torch.arange(48)[None]},
+                                (torch.arange(48) == 16).float()[None])
         shares.append(np.mean([(batch["steps"] == 16).any(1).float().mean() for batch in batches]))
     assert shares[0] < 0.3 and shares[1] > 0.5
     batches.note_errors({"steps": torch.tensor([[16, 41]])}, torch.tensor([[0.5, 9.0]]))

@@ -51,7 +51,8 @@ def images(count, seed=0):
 def batch(B=4, T=3, seed=0):
     """What compute_losses takes."""
     patches, index, _ = images(B * (T + 1), seed)
-    return patches, index.unflatten(0, (B, T + 1)), torch.randint(7, (B, T))
+    return {"patches": (255 * patches).byte(), "index": index.unflatten(0, (B, T + 1)),
+            "actions": torch.randint(7, (B, T)), "over": torch.arange(T + 1).expand(B, -1) > T - 1}
 
 
 @pytest.fixture(params=list(MODELS))
@@ -127,8 +128,8 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
             layer.weight.zero_()
             layer.bias.zero_()
         dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
-        maps = dynamics.unfold(torch.randn(2, 1, 80))
-        seen = dynamics.glimpse(torch.randn(2, 3, 48), maps)
+        static = torch.randn(2, 1, 80)
+        maps, seen = dynamics.unfold(static), dynamics.glimpse(torch.randn(2, 3, 48), static)
     around = F.pad(maps.view(2, 8, 8, -1), (0, 0, 1, 1, 1, 1))      # 0 past the border
     around = around[:, row:row + 3, column:column + 3].flatten(1, 2)
     # In whatever order, the same nine places.
@@ -136,36 +137,29 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
     assert torch.cdist(around[:, None].expand(2, 3, 9, -1), seen).amin(-1).max() < 1e-4
 
 
-def test_a_place_that_shuts_the_gate_keeps_what_moves_as_it_was():
+def test_where_an_episode_is_over_nothing_changes_any_more():
     torch.manual_seed(0)
-    dynamics, moving = JEPAWorldModel().dynamics, 48**0.5 * F.normalize(torch.randn(3, 48), dim=1)
-    seen = torch.rand(3, 9, 8)
-    seen[:, 4, 0] = torch.tensor([9.0, -9.0, -9.0])                 # at the place itself
-    seen[:, 3, 0] = torch.tensor([-9.0, 9.0, -9.0])                 # beside it
-    with torch.no_grad():
-        dynamics.gate.weight.copy_(torch.eye(8)[:1] * 9)
-        dynamics.glimpse = lambda moving, maps: seen.flatten(1)
-        after = dynamics.step(moving, torch.randn(3, 80), torch.arange(3))
-    torch.testing.assert_close(after[0], moving[0])
-    assert F.cosine_similarity(after, moving)[1:].max() < 0.9
+    dynamics, z = JEPAWorldModel().dynamics, join(torch.randn(3, 48), torch.randn(3, 80))
+    dynamics.ending.forward = lambda glimpse: torch.tensor([[0.1], [-0.1], [-9.0]])
+    after = dynamics(z, torch.arange(3))
+    torch.testing.assert_close(after[0], z[0])
+    assert F.cosine_similarity(after, z)[1:].max() < 0.9
 
 
-def test_noise_moves_where_a_step_starts_by_up_to_its_size_and_never_what_the_gate_keeps():
+def test_noise_moves_where_a_step_starts_by_up_to_its_size():
     torch.manual_seed(0)
     dynamics, starts = JEPAWorldModel().dynamics, []
     moving = 48**0.5 * F.normalize(torch.randn(2000, 48), dim=1)
     glimpse = dynamics.glimpse
-    dynamics.glimpse = lambda moving, maps: starts.append(moving) or glimpse(moving, maps)
+    dynamics.glimpse = lambda moving, static: starts.append(moving) or glimpse(moving, static)
     rest = torch.randn(1, 80), torch.zeros(2000, dtype=torch.long)
     with torch.no_grad():
         dynamics.step(moving, *rest)
         dynamics.step(moving, *rest, noise=0.3)
-        torch.testing.assert_close(starts[0], moving)
-        torch.testing.assert_close(starts[1].norm(dim=1), moving.norm(dim=1))
-        off = F.cosine_similarity(starts[1], moving).clamp(max=1).acos().tan()
-        assert off.min() < 0.01 and off.max() < 0.45 and off.mean() == pytest.approx(0.15, abs=0.02)
-        dynamics.gate.bias.fill_(50)
-        torch.testing.assert_close(dynamics.step(moving, *rest, noise=0.3), moving)
+    torch.testing.assert_close(starts[0], moving)
+    torch.testing.assert_close(starts[1].norm(dim=1), moving.norm(dim=1))
+    off = F.cosine_similarity(starts[1], moving).clamp(max=1).acos().tan()
+    assert off.min() < 0.01 and off.max() < 0.45 and off.mean() == pytest.approx(0.15, abs=0.02)
 
 
 # ---------------------------------------------------------------------------------- the memory
@@ -300,12 +294,12 @@ def test_the_target_encoder_is_a_moving_average():
 def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
     torch.manual_seed(0)
     model = MODELS[objective]()
-    terms, errors = compute_losses(model, *batch())
+    terms, errors = compute_losses(model, batch())
     sum(terms.values()).backward()
     assert errors.shape == (4, 3) and not errors.requires_grad
     assert all(p.grad is None for p in model.target_encoder.parameters())
     assert model.encoder.fixed.weight.grad is None
-    without = () if objective == "jepa" else ("to_map", "to_row", "to_column")
+    without = () if objective == "jepa" else ("to_map", "to_row", "to_column", "ending")
     for name, p in model.named_parameters():
         if p.requires_grad and not any(layer in name for layer in without):
             assert p.grad is not None and p.grad.any(), name
@@ -318,9 +312,10 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     model.dynamics.step = lambda *args, noise=0: step(*args)
     monkeypatch.setattr(world_model_jepa, "weigh_by_error",
                         lambda error: seen.append(error) or weigh_by_error(error))
-    patches, index, actions = batch()
-    terms, errors = compute_losses(model, patches, index, actions)
-    assert [x.shape for x in seen] == [(4, 3)]
+    windows = batch()
+    patches, index, actions = windows["patches"] / 255, windows["index"], windows["actions"]
+    terms, errors = compute_losses(model, windows)
+    assert [x.shape for x in seen] == [(4, 3), (4, 4)]              # the second of `ending`
     torch.testing.assert_close(terms["prediction"], weigh_by_error(seen[0]))
     torch.testing.assert_close(errors, seen[0].detach())
     first, m = model.encode(join_tiles(patches, index[:, 0])), model.moving_dim
@@ -341,7 +336,7 @@ def test_two_processes_share_an_odd_number_of_frames(tmp_path):
     def learn():
         torch.manual_seed(1)                                        # of the noise
         model.zero_grad()
-        terms, errors = compute_losses(model, *odd)
+        terms, errors = compute_losses(model, odd)
         sum(terms.values()).backward()
         return [errors, *terms.values()], [p.grad for p in model.encoder.parameters()
                                            if p.requires_grad]
@@ -387,7 +382,8 @@ def test_vicregs_two_terms_by_hand():
 def test_a_static_part_that_knows_the_layout_tells_the_places():
     torch.manual_seed(0)
     model = JEPAWorldModel()
-    patches, index, _ = batch(B=4, T=2)
+    windows = batch(B=4, T=2)
+    patches, index = windows["patches"] / 255, windows["index"]
     index[:] = index[:, :1]  # nothing moves
     encoder = model.encoder
     truth = encoder.look_slowly(patches)[index.flatten(2)].detach()

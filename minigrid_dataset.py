@@ -388,10 +388,11 @@ class WindowBatches:
 
 
 def sample_patches(transitions, episodes, seed):
-    """What an encoder starts from -> patches and index of a batch of 2048 windows or, where there
-    are fewer, ten of each episode, of four steps if there are as many in an episode."""
+    """What an encoder starts from -> patches and index of a batch of 8192 windows (fewer where that
+    were more than 2^24 patches), or ten of each episode, of at most four steps."""
     window = min(4, np.bincount(transitions.episode)[episodes].max())
-    batch = next(iter(WindowBatches(transitions, episodes, window, 2048, seed, 10)))
+    size = min(8192, max(1, 2**24 // (5 * transitions.frame_tiles[0].numel())))
+    batch = next(iter(WindowBatches(transitions, episodes, window, size, seed, 10)))
     return batch["patches"], batch["index"]
 
 

@@ -61,11 +61,12 @@ LATENT_DIM = 128
 MOVING_DIM = 48            # dims of what changes within an episode; the rest hold what stays
 VALIDATION_FRACTION = 0.05  # share of the episodes that is held out
 SEED = 0
-# L = prediction + places + spread + smoothness + pointing: see world_model_jepa.py
+# L = prediction + places + spread + smoothness + pointing + ending: see world_model_jepa.py
 PLACES_WEIGHT = 1.0        # the static part tells what stands where at another moment
 SPREAD_WEIGHT = 1.0        # against collapse: within episodes (moving), over layouts (static)
-SMOOTHNESS_WEIGHT = 1.0    # latents change little from frame to frame, the static part least
+SMOOTHNESS_WEIGHT = 1.0    # the moving part changes little from frame to frame
 POINTING_WEIGHT = 1.0      # the dynamics look at the place of what moves
+ENDING_WEIGHT = 1.0        # the dynamics know where an episode is over
 
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 100            # batches
@@ -76,6 +77,7 @@ RULES = {  # what the settings may be: (kind, least, most)
     "VALIDATION_FRACTION": (float, 1e-9, 0.9), "SEED": (int, 0, 2**63 - 1),
     "PLACES_WEIGHT": (float, 0, 1e9), "SPREAD_WEIGHT": (float, 0, 1e9),
     "SMOOTHNESS_WEIGHT": (float, 0, 1e9), "POINTING_WEIGHT": (float, 0, 1e9),
+    "ENDING_WEIGHT": (float, 0, 1e9),
 }
 
 
@@ -175,7 +177,7 @@ def train(path, device):
     model, data = new_model(data, train_episodes).to(device), data.to(device)
     losses, weights = Losses(model), {
         "prediction": 1, "places": PLACES_WEIGHT, "spread": SPREAD_WEIGHT,
-        "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT, "ending": 1}
+        "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT, "ending": ENDING_WEIGHT}
     if dist.is_initialized():
         losses = DistributedDataParallel(losses, find_unused_parameters=OBJECTIVE == "byol")
     optimizer, schedule = new_optimizer(model, batches)

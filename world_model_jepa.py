@@ -8,7 +8,7 @@
 A latent has two parts of equal norm: the moving part is all that changes within an episode, the
 static part what stays. The objective, in one line:
 
-    L = prediction + places + spread + smoothness + pointing
+    L = prediction + places + spread + smoothness + pointing + ending
 
 This module reads and writes nothing but checkpoints.
 """
@@ -408,7 +408,7 @@ MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, Reconstructio
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The objective: L = prediction + places + spread + smoothness + pointing
+# 4. The objective: L = prediction + places + spread + smoothness + pointing + ending
 # ---------------------------------------------------------------------------------------------
 class Losses(nn.Module):
     """compute_losses of a model, as a module: what DistributedDataParallel wraps."""

@@ -101,6 +101,8 @@ def effects(contents):
     now, first = data.obs_index[t], data.obs_index[np.searchsorted(data.episode, data.episode[t])]
     z, begin = (train_jepa.encode_frames(model, data, f) for f in (now, first))
     moving, static_before = model.dynamics.parts(z)[0], model.dynamics.parts(begin)[1]
+    after = model.dynamics.parts(train_jepa.encode_frames(model, data, data.next_obs_index[t]))[0]
+    over = model.dynamics.ending(model.dynamics.glimpse(after, model.dynamics.parts(z)[1]))[:, 0]
     at = [layer(moving).argmax(1).numpy() for layer in (model.dynamics.to_column,
                                                         model.dynamics.to_row)]
     # Is a tile mostly of walls, of floor, or of goals? Then: what kind does the map show?
@@ -114,6 +116,8 @@ def effects(contents):
         **contents["history"][-1], "untrained": untrained["hit@1"],
         "pointing": np.mean((np.stack(at, 1) == data.agent_pos[t]).all(1)),
         "map": (kinds.argmax(1)[shown] == cells[t].flatten()).float().mean().item(),
+        "smooth": F.cosine_similarity(moving, after).mean().item(),
+        "over": (over > 0)[data.terminated[t]].float().mean().item(),
         "noted": (contents["errors"][np.flatnonzero(np.isin(data.episode, train))] != 1
                   ).float().mean().item(),
     }
@@ -135,11 +139,13 @@ def test_the_recipe_predicts_far_better_than_copying_or_an_untrained_model(whole
 
 # effect: (value that the whole recipe exceeds, value that it does not reach without a part)
 NEEDED = {"hit@1": (0.85, 0.4), "z_std": (0.3, 0.15), "map": (0.9, 0.75), "pointing": (0.7, 0.3),
-          "noted": (0.8, 0.01), "target moved": (0.1, 1e-4)}
+          "smooth": (0.5, 0.4), "over": (0.9, 0.1), "noted": (0.8, 0.01),
+          "target moved": (0.1, 1e-4)}
 
 
 @pytest.mark.parametrize("part, effect", [
-    ("prediction", "hit@1"), ("places", "map"), ("spread", "z_std"), ("pointing", "pointing"),
+    ("prediction", "hit@1"), ("places", "map"), ("spread", "z_std"), ("smoothness", "smooth"),
+    ("pointing", "pointing"), ("ending", "over"),
     ("update_target_encoder", "target moved"), ("note_errors", "noted"), ("byol", "z_std")])
 def test_without_a_part_its_effect_is_gone(whole, large, monkeypatch, part, effect):
     if part == "prediction":

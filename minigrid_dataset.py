@@ -388,10 +388,11 @@ class WindowBatches:
 
 
 def sample_patches(transitions, episodes, seed):
-    """What an encoder starts from -> patches and index of a batch of 8192 windows (fewer where that
-    were more than 2^24 patches), or ten of each episode, of at most four steps."""
+    """What an encoder starts from -> patches and index of a batch of 8192 windows of at most four
+    steps, or ten of each episode; fewer where that were more than memory should hold."""
     window = min(4, np.bincount(transitions.episode)[episodes].max())
-    size = min(8192, max(1, 2**24 // (5 * transitions.frame_tiles[0].numel())))
+    most = 2**24 if len(transitions.tiles) < 2**18 else 2**18       # patches, or distinct ones
+    size = min(8192, max(1, most // (5 * transitions.frame_tiles[0].numel())))
     batch = next(iter(WindowBatches(transitions, episodes, window, size, seed, 10)))
     return batch["patches"], batch["index"]
 

@@ -497,8 +497,8 @@ def vicreg(z, variance=1, covariance=0.04):
 
 
 def places(model, static, patches, index, candidates=64):
-    """From the static part alone: which patch stands at each place at another moment? The first
-    frame's is asked about the window's last frame, and the other way round.
+    """From the static part of a window's first frame alone: which patch stands at each place of its
+    last frame?
 
     As in CPC (van den Oord et al. 2018) and I-JEPA (Assran et al. 2023), features of places are
     told, not pixels. Both what is told and what is true are softmaxes over distances to at most
@@ -519,26 +519,23 @@ def places(model, static, patches, index, candidates=64):
         """(..., features) -> log-odds of the candidates (..., K)."""
         return (4 * x @ kept.T - 2 * kept.square().sum(1) + count.log()).log_softmax(-1)
 
-    true, total = assign(features), 0
-    for here, there in ((0, -1), (-1, 0)):
-        told = assign(model.dynamics.unfold(static[:, here]))           # (B, h * w, K)
-        wanted = F.embedding(index[:, there].flatten(1), true)
-        error = F.kl_div(told, wanted, reduction="none", log_target=True).sum((1, 2))
-        total = total + error.log1p().mean() / 2
-    return total
+    told = assign(model.dynamics.unfold(static[:, 0]))                  # (B, h * w, K)
+    true = F.embedding(index[:, -1].flatten(1), assign(features))
+    return F.kl_div(told, true, reduction="none", log_target=True).sum((1, 2)).log1p().mean()
 
 
 def pointing(model, moving, profiles):
     """Teaches the dynamics where to look, without touching the latents: what moves is in the row,
     and in the column, whose maxima do most to set the frame's moving part apart from the average.
 
-    moving (B, T+1, M), profiles (B, T+1, h + w, channels) -> mean cross-entropy.
+    moving (B, T+1, M), profiles (B, T+1, h + w, channels) -> mean cross-entropy, by error.
     """
     with torch.no_grad():
         weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))[:, :-1]
         apart = torch.einsum("btnc,dnc->btnd", profiles - profiles.mean((0, 1)), weight)
         row, column = apart.square().sum(-1).split(list(model.dynamics.grid), -1)
-    return sum(F.cross_entropy(to_place(moving).flatten(0, 1), place.argmax(-1).flatten())
+    return sum(weigh_by_error(F.cross_entropy(
+        to_place(moving).flatten(0, 1), place.argmax(-1).flatten(), reduction="none"))
                for to_place, place in ((model.dynamics.to_row, row),
                                        (model.dynamics.to_column, column)))
 

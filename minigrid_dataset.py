@@ -321,13 +321,14 @@ def window_starts(transitions, length, episodes=None, absorbing=False):
 
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
-    ones of this batch, index (B, T+1, h, w) int64 into them, and actions (B, T) int64; also steps
-    (B, T) int64, the numbers of the transitions, past an end one for each episode.
+    ones of this batch, index (B, T+1, h, w) int64 into them, actions (B, T) int64, over (B, T+1)
+    bool: has the episode ended there?, and steps (B, T) int64, the numbers of the transitions; all
+    that follows the end of an episode has one number of its own.
 
-    An epoch takes `windows_per_episode` passes, and what it draws depends on `seed`, the epoch and
-    `errors`. Half of a batch visits the episodes in a new order in each pass, and draws one window
-    of each. The other half is drawn from all windows, in proportion to the largest of their
-    transitions' last errors (Schaul et al. 2016): a gap in a wall is entered once in 300 steps.
+    An epoch has as many windows as `windows_per_episode` says, and what it draws depends on `seed`,
+    the epoch and `errors`. Half of a batch is of episodes in random order, one window of each. The
+    other half is drawn from all windows, in proportion to the largest of their transitions' last
+    errors (Schaul et al. 2016): a gap in a wall is entered once in 300 steps.
 
     Whatever is done in a terminal state leads back to it (Sutton & Barto 2018, section 3.4):
     windows start at every step of an episode that ends with `terminated`, and past its end repeat

@@ -7,9 +7,9 @@ Writes plan.json, every number, and plan.png.
 
 A task is a layout never trained on, a start and a goal drawn from all that can be reached, doors,
 keys and boxes included. The planner is shown an image of each and has the model: no simulator, no
-labels, no decoder, no threshold tuned on tasks. It acts until it declares STOP; success is that the
-environment then looks like the goal (Anderson et al. 2018), after at most twice the actions of the
-oracle plus 10. The oracle is a breadth-first search that steps the real simulator.
+labels, no decoder, no threshold tuned on tasks. It acts until it declares STOP; success is that all
+then looks like the goal (Anderson et al. 2018), after at most twice the actions of the oracle plus
+10. The oracle is a breadth-first search that steps the real simulator.
 """
 
 import json
@@ -166,7 +166,7 @@ def follow(model, planner, obs, goal_obs, step, anew=False):
     imagined, seconds = [], []
     while True:
         began = time.perf_counter()
-        plan = planner(model, obs, goal_obs, MAX_STATES)
+        plan = planner(model, obs, goal_obs, max_actions=MAX_STATES)
         seconds.append(time.perf_counter() - began)
         if not plan:
             return True, imagined, seconds

@@ -3,7 +3,7 @@
     python3 train_jepa.py
 
 Reads the data file of collect_minigrid_data.py (and collects it first where it is missing).
-Writes jepa_world_model.pt (or reconstruction_world_model.pt) and loss.png beside this script.
+Writes <OBJECTIVE>_world_model.pt and loss.png beside this script.
 Run again after an interruption, it goes on from the last epoch that was saved.
 
     torchrun --nproc-per-node=2 train_jepa.py
@@ -152,7 +152,7 @@ def new_model(data, episodes):
 
 
 def new_batches(data, episodes):
-    """Windows in as many passes as see all transitions about once an epoch."""
+    """Windows, in an epoch as many as hold all transitions once."""
     passes = max(1, len(data) // (WINDOW * len(set(data.episode))))
     return WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
 
@@ -314,14 +314,13 @@ def validate(model, data, episodes):
     before, after = same[pair]
     online = encode_frames(model, data, used[first])
     target = encode_frames(model, data, used[first], target=True)
-    predicted = model.predict_next(online[before], data.actions[starts])
-    moved = before != after
-
     moving = F.normalize(target[before, :model.moving_dim], dim=1)
     others = (episode[:, None] == episode) & (before[:, None] != before)
     cosines = (moving @ moving.T)[others].sort().values
     if len(cosines):
         model.same_state.fill_((1 + cosines[int(0.999 * (len(cosines) - 1))]) / 2)
+    predicted = model.predict_next(online[before], data.actions[starts])
+    moved = before != after
     return {
         "val_loss": F.mse_loss(predicted, target[after]).item(),
         "cos": F.cosine_similarity(predicted, target[after]).mean().item(),

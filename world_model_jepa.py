@@ -53,7 +53,7 @@ def maxima(features, lines):
     """Features of patches (P, C), lines (B, n, length) of patches -> (B, n, C): each line's maxima.
 
     Few lines of a batch differ, so each kind of line is looked at once. Lines are told apart by the
-    sums of random 64-bit numbers of their patches.
+    sums of random numbers of 62 bits, one for each patch: for a maximum their order is nothing.
     """
     generator = torch.Generator().manual_seed(0)
     number = torch.randint(2**62, (len(features),), generator=generator).to(lines.device)
@@ -74,8 +74,8 @@ def slow_features(x, share, index, number, limit=0.1):
     limit)^4) of itself.
 
     x (P, C) centred features of patches, share (P,) how often each occurs, index (B, T+1, h, w)
-    into them -> (C, number): x @ it are the principal components, of total variance 1, of what is
-    kept.
+    into them -> (C, number): x @ it are the first principal components of what is kept, whose
+    total variance is 1.
     """
     size, axes = torch.linalg.eigh(x.T * share @ x)
     size, axes = (part[..., size > 1e-6 * size[-1]] for part in (size, axes))
@@ -101,8 +101,8 @@ class ConvEncoder(nn.Module):
       every column and over the image: one step of the agent is the same small change everywhere.
     - the static part is a linear map of `features` numbers at every place, so that it can keep each
       wall and gap of a layout. They are the slow features of a convolution that stays as it began
-      (as the patch projection of MoCo v3: Chen et al. 2021): what comes and goes, as the agent and
-      its light, does not reach it.
+      (as the patch projection of MoCo v3: Chen et al. 2021): of what comes and goes, as the agent
+      and its light, hardly anything reaches it.
 
     Raises:
         ValueError: the image size is no multiple of the patch size.
@@ -148,7 +148,8 @@ class ConvEncoder(nn.Module):
         self.average.copy_(share @ x)
         x -= self.average
         self.slow.copy_(slow_features(x.double(), share.double(), index, self.slow.shape[1]))
-        shown = (F.embedding(some.flatten(1), x @ self.slow) for some in index[:, 0].split(8))
+        x = x @ self.slow
+        shown = (F.embedding(some.flatten(1), x) for some in index[:, 0].split(8))
         self.usual.copy_(sum(some.sum(0) for some in shown) / len(index))
 
     def look(self, convolution, patches):
@@ -230,8 +231,8 @@ class LatentDynamics(nn.Module):
         """(..., M), (..., S) -> (..., 9 * features): the map's 3 x 3 places around what moves."""
         maps = self.unfold(static).detach()  # what it shows is for `places` to decide
         maps = maps.unflatten(-2, self.grid).flatten(-2)                # (..., h, w * features)
-        # The pointers at the row before, at and after, and so for columns: (..., 3, h). Where to
-        # look is for `pointing` to decide.
+        # The pointers moved by one row, not moved, and moved back, and so for columns: (..., 3, h).
+        # Where to look is for `pointing` to decide.
         with torch.no_grad():
             row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
                            for x in (self.to_row(moving), self.to_column(moving)))
@@ -313,13 +314,14 @@ class JEPAWorldModel(nn.Module):
         return self.target_encoder(obs)
 
     def predict_next(self, z, action):
-        """(B, latent_dim), (B,) int64 -> (B, latent_dim): compare it with encode_target."""
+        """(..., latent_dim), (...) int64 -> (..., latent_dim): compare it with encode_target."""
         return self.recall(self.dynamics(z, action))
 
     @torch.no_grad()
     def remember(self, z, apart=0.97, most=4096):
-        """Keeps the moving parts of latents (N, latent_dim) that differ, each from all that were
-        kept before it: cosine below `apart`. None where there are more than `most`."""
+        """Fills the memory with the moving parts of latents (N, latent_dim) that differ: cosine
+        below `apart`. It stays empty where there are more than `most`: half of what there is would
+        draw imagination to the wrong half."""
         z = F.normalize(z[:, :self.moving_dim], dim=-1)
         order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
         kept = z[:0]
@@ -439,7 +441,7 @@ def compute_losses(model, batch):
     batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, T+1, h, w) that puts
     the windows' frames together from them; actions (B, T); over (B, T+1): has the episode ended? An
     error is the squared distance of two unit-norm latents: 0 to 4, and latent_dim times the mean
-    squared error that is logged.
+    squared error that is logged (of reconstruction, that of pixels is logged).
     """
     patches, index, actions = batch["patches"] / 255, batch["index"], batch["actions"]
     B, T = actions.shape
@@ -447,7 +449,7 @@ def compute_losses(model, batch):
                    for x in encode_shared(model.encoder, patches, index.flatten(0, 1)))
     moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
     first = static[:, :1]
-    predicted = join(model.dynamics.step(moving[:, :-1], first.detach(), actions, noise=0.3), first)
+    predicted = join(model.dynamics.step(moving[:, :-1], first, actions, noise=0.3), first)
     if model.objective == "reconstruction":
         frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         errors = [(model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean((1, 2, 3))
@@ -455,7 +457,7 @@ def compute_losses(model, batch):
         return {"prediction": sum(map(weigh_by_error, errors)),
                 "places": places(model, static.detach(), patches, index),
                 "pointing": pointing(model, moving.detach(), profiles),
-                "ending": ending(model, moving.detach(), first, batch["over"])
+                "ending": ending(model, moving, first, batch["over"])
                 }, errors[1].detach().view(B, T) * z.shape[-1]
     with torch.no_grad():
         target = encode_shared(model.target_encoder, patches, index[:, 1:].flatten(0, 1))[0]
@@ -471,7 +473,7 @@ def compute_losses(model, batch):
         "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
         "smoothness": 0.4 * moving.diff(dim=1).square().mean(),
         "pointing": pointing(model, moving.detach(), profiles),
-        "ending": ending(model, moving.detach(), first, batch["over"]),
+        "ending": ending(model, moving, first, batch["over"]),
     }, error.detach()
 
 
@@ -513,11 +515,12 @@ def places(model, static, patches, index, candidates=64):
     kept = torch.arange(P, device=index.device)
     if P > candidates:
         kept = torch.multinomial(count.sqrt(), candidates)
-    count, kept = count[kept], features[kept]                           # (K,), (K, features)
+    often, kept = count[kept].log(), features[kept]                     # (K,), (K, features)
 
     def assign(x):
         """(..., features) -> log-odds of the candidates (..., K)."""
-        return (4 * x @ kept.T - 2 * kept.square().sum(1) + count.log()).log_softmax(-1)
+        # -2 times the squared distance, less what is the same for all, and how often each occurs.
+        return (4 * x @ kept.T - 2 * kept.square().sum(1) + often).log_softmax(-1)
 
     told = assign(model.dynamics.unfold(static[:, 0]))                  # (B, h * w, K)
     true = F.embedding(index[:, -1].flatten(1), assign(features))
@@ -528,7 +531,8 @@ def pointing(model, moving, profiles):
     """Teaches the dynamics where to look, without touching the latents: what moves is in the row,
     and in the column, whose maxima do most to set the frame's moving part apart from the average.
 
-    moving (B, T+1, M), profiles (B, T+1, h + w, channels) -> mean cross-entropy, by error.
+    moving (B, T+1, M), profiles (B, T+1, h + w, channels) -> cross-entropies of row and column,
+    averaged with weights by error.
     """
     with torch.no_grad():
         weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))[:, :-1]
@@ -543,7 +547,8 @@ def pointing(model, moving, profiles):
 def ending(model, moving, static, over):
     """Teaches the dynamics where an episode is over, without touching the latents.
 
-    moving (B, T+1, M), static (B, 1, S), over (B, T+1) bool -> mean cross-entropy, by error."""
+    moving (B, T+1, M), static (B, 1, S), over (B, T+1) bool -> mean cross-entropy, weighted by
+    error."""
     told = model.dynamics.ending(model.dynamics.glimpse(moving, static)).squeeze(-1)
     return weigh_by_error(F.binary_cross_entropy_with_logits(told, over.float(), reduction="none"))
 

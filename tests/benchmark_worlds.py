@@ -34,7 +34,7 @@ import plan_with_jepa  # noqa: E402
 import train_jepa  # noqa: E402
 
 SIDE_BY_SIDE = 1   # worlds at a time, one core each
-PLAN_MINUTES = 10  # of a world, then no further task is begun: searches that fail take their time
+PLAN_MINUTES = 4   # of a world, then no further task is begun: searches that fail take their time
 SETTINGS = {"plan_with_jepa": {"NUM_TASKS": 50}}  # {script: {constant: value}}; the rest as it is
 WORLDS = """
     MiniGrid-MultiRoom-N4-S5-v1 MiniGrid-MultiRoom-N2-S4-v0 BabyAI-UnlockLocal-v0

@@ -71,7 +71,7 @@ def slow_features(x, share, index, number, limit=0.1):
     The change of a direction in feature space is how much it differs between the first and the last
     frame of a window at one place, squared, on average and for unit variance: 0 for what always
     stays, 2 for what comes and goes at random. Each direction is kept by 1 / (1 + (change /
-    limit)^4) of itself.
+    limit)^2) of itself.
 
     x (P, C) centred features of patches, share (P,) how often each occurs, index (B, T+1, h, w)
     into them -> (C, number): x @ it are the first principal components of what is kept, whose
@@ -85,7 +85,7 @@ def slow_features(x, share, index, number, limit=0.1):
         difference = (y[some[:, 0]] - y[some[:, -1]]).flatten(0, -2)
         change = change + difference.T @ difference / index[:, 0].numel()
     change, directions = torch.linalg.eigh(change)
-    kept = white @ directions / (1 + (change / limit) ** 4) @ directions.T @ unwhite
+    kept = white @ directions / (1 + (change / limit) ** 2) @ directions.T @ unwhite
     y = x @ kept
     size, axes = torch.linalg.eigh(y.T * share @ y)
     return kept @ axes[:, -number:] / (size.sum() + 1e-9).sqrt()

@@ -221,6 +221,7 @@ def train(path, device):
                     f"Avg Loss {average:.4f}")
         model.eval()
         if epoch == EPOCHS:
+            validate(model, data, held_out)  # says what counts as the same state
             remember(model, data, train_episodes)
         row = {"loss": average, **validate(model, data, held_out)}
         row["seconds"] = time.perf_counter() - began

@@ -71,7 +71,7 @@ def slow_features(x, share, index, number, limit=0.1):
     The change of a direction in feature space is how much it differs between the first and the last
     frame of a window at one place, squared, on average and for unit variance: 0 for what always
     stays, 2 for what comes and goes at random. Each direction is kept by 1 / (1 + (change /
-    limit)^2) of itself.
+    limit)^4) of itself.
 
     x (P, C) centred features of patches, share (P,) how often each occurs, index (B, T+1, h, w)
     into them -> (C, number): x @ it are the first principal components of what is kept, whose
@@ -85,7 +85,7 @@ def slow_features(x, share, index, number, limit=0.1):
         difference = (y[some[:, 0]] - y[some[:, -1]]).flatten(0, -2)
         change = change + difference.T @ difference / index[:, 0].numel()
     change, directions = torch.linalg.eigh(change)
-    kept = white @ directions / (1 + (change / limit) ** 2) @ directions.T @ unwhite
+    kept = white @ directions / (1 + (change / limit) ** 4) @ directions.T @ unwhite
     y = x @ kept
     size, axes = torch.linalg.eigh(y.T * share @ y)
     return kept @ axes[:, -number:] / (size.sum() + 1e-9).sqrt()
@@ -193,9 +193,9 @@ class LatentDynamics(nn.Module):
     Whether the agent can step ahead depends on what stands there. A plain MLP would learn that for
     each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics look
     first (the attention of DRAW, Gregor et al. 2015): `to_row` and `to_column` point at the place
-    of what moves, `to_map` unfolds the static part into a map, and of the map's 3 x 3 patches
-    around that place a small network reports `report_dim` numbers to the MLP. "The way is free" is
-    then one rule. Of the same patches `ending` tells whether the episode is over (the continue
+    of what moves, `to_map` unfolds the static part into a map, and a small network that hears the
+    map's 3 x 3 patches around that place, and what moves, reports `report_dim` numbers to the MLP.
+    "The way ahead is free" is then one rule. Of the same patches `ending` tells whether the episode is over (the continue
     predictor of DreamerV2): on a goal, say, after which nothing changes any more.
     """
 
@@ -208,7 +208,7 @@ class LatentDynamics(nn.Module):
         self.to_column = nn.Linear(moving_dim, grid[1])
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
-        self.report = nn.Sequential(nn.Linear(9 * features, 64), nn.ReLU(),
+        self.report = nn.Sequential(nn.Linear(9 * features + moving_dim, 64), nn.ReLU(),
                                     nn.Linear(64, report_dim))
         self.ending = nn.Sequential(nn.Linear(9 * features, 64), nn.ReLU(), nn.Linear(64, 1))
         nn.init.constant_(self.ending[-1].bias, -5)     # rare (as Lin et al. 2017)
@@ -246,7 +246,8 @@ class LatentDynamics(nn.Module):
         if noise:
             moving = moving + noise * torch.rand_like(moving[..., :1]) * torch.randn_like(moving)
             moving = F.normalize(moving, dim=-1) * math.sqrt(self.split[0])
-        report = self.report(self.glimpse(moving, static)).tanh()
+        glimpse = self.glimpse(moving, static)
+        report = self.report(torch.cat([glimpse, moving.expand(*glimpse.shape[:-1], -1)], -1)).tanh()
         x = [moving, report, self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
@@ -320,8 +321,10 @@ class JEPAWorldModel(nn.Module):
     @torch.no_grad()
     def remember(self, z, apart=0.97, most=4096):
         """Fills the memory with the moving parts of latents (N, latent_dim) that differ: cosine
-        below `apart`. It stays empty where there are more than `most`: half of what there is would
-        draw imagination to the wrong half."""
+        below `apart`, or below same_state where states are nearer than that. It stays empty where
+        there are more than `most`: half of what there is would draw imagination to the wrong half.
+        """
+        apart = max(apart, self.same_state.item())
         z = F.normalize(z[:, :self.moving_dim], dim=-1)
         order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
         kept = z[:0]

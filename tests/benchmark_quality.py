@@ -357,9 +357,9 @@ def train_as_set(data, recipe, body, weight):
             some = torch.arange(0, len(data.frame_tiles), 20, device=DEVICE)
             centre = train_jepa.encode_frames(model, data, some, target=True).mean(0)
             model.encoder.centre = model.target_encoder.centre = centre
+        train_jepa.validate(model, data, held_out)  # sets the planner's threshold
         if learnt is OURS:
             train_jepa.remember(model, data, episodes)
-        train_jepa.validate(model, data, held_out)  # sets the planner's threshold
     return model, seconds
 
 

@@ -195,8 +195,8 @@ class LatentDynamics(nn.Module):
     first (the attention of DRAW, Gregor et al. 2015): `to_row` and `to_column` point at the place
     of what moves, `to_map` unfolds the static part into a map, and a small network that hears the
     map's 3 x 3 patches around that place, and what moves, reports `report_dim` numbers to the MLP.
-    "The way ahead is free" is then one rule. Of the same patches `ending` tells whether the episode is over (the continue
-    predictor of DreamerV2): on a goal, say, after which nothing changes any more.
+    "The way ahead is free" is then one rule. Of the same patches `ending` tells whether the episode
+    is over (the continue predictor of DreamerV2): on a goal, say, after which nothing changes.
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
@@ -247,8 +247,8 @@ class LatentDynamics(nn.Module):
             moving = moving + noise * torch.rand_like(moving[..., :1]) * torch.randn_like(moving)
             moving = F.normalize(moving, dim=-1) * math.sqrt(self.split[0])
         glimpse = self.glimpse(moving, static)
-        report = self.report(torch.cat([glimpse, moving.expand(*glimpse.shape[:-1], -1)], -1)).tanh()
-        x = [moving, report, self.action_embedding(action)]
+        heard = torch.cat([glimpse, moving.expand(*glimpse.shape[:-1], -1)], -1)
+        x = [moving, self.report(heard).tanh(), self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)

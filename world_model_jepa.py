@@ -208,7 +208,7 @@ class LatentDynamics(nn.Module):
         self.to_column = nn.Linear(moving_dim, grid[1])
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
-        self.report = nn.Sequential(nn.Linear(9 * features + moving_dim, 64), nn.ReLU(),
+        self.report = nn.Sequential(nn.Linear(9 * features + moving_dim, 64), nn.SiLU(),
                                     nn.Linear(64, report_dim))
         self.ending = nn.Sequential(nn.Linear(9 * features, 64), nn.ReLU(), nn.Linear(64, 1))
         nn.init.constant_(self.ending[-1].bias, -5)     # rare (as Lin et al. 2017)
@@ -248,7 +248,7 @@ class LatentDynamics(nn.Module):
             moving = F.normalize(moving, dim=-1) * math.sqrt(self.split[0])
         glimpse = self.glimpse(moving, static)
         heard = torch.cat([glimpse, moving.expand(*glimpse.shape[:-1], -1)], -1)
-        x = [moving, self.report(heard).tanh(), self.action_embedding(action)]
+        x = [moving, F.softsign(self.report(heard)), self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)

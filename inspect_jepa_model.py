@@ -560,7 +560,7 @@ def show(axis, shot):
 
 def draw_gif(path, imagined, truth):
     """rollout.gif: two lists of shots side by side."""
-    figure, writer = Figure(figsize=(8, 4.5), layout="constrained"), PillowWriter(fps=2.5)
+    figure, writer = Figure(figsize=(8, 4.8), layout="constrained"), PillowWriter(fps=2.5)
     axes = figure.subplots(1, 2)
     with writer.saving(figure, path, 80):
         for k, pair in enumerate(zip(imagined, truth, strict=True)):

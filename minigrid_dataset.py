@@ -360,7 +360,7 @@ class WindowBatches:
 
     def note_errors(self, batch, errors):
         """The prediction errors (B, T) of a batch's transitions: what the next ones draw by."""
-        self.errors[batch["steps"].cpu()] = errors.float().cpu()
+        self.errors[batch["steps"]] = errors.float().cpu()
 
     def __iter__(self):
         data, rng, T = self.transitions, np.random.default_rng([self.seed, self.epoch]), self.window

@@ -304,13 +304,11 @@ def split_by_episode(transitions, validation_fraction, seed):
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 
-def window_starts(transitions, length, episodes=None, absorbing=False):
-    """-> sorted (S,) int64: every t from which t .. t+length-1 are steps of one episode or, if
-    `absorbing`, run on after the end of one that terminated. `episodes` limits the answer."""
+def window_starts(transitions, length, episodes=None):
+    """-> sorted (S,) int64: every t from which t .. t+length-1 are steps of one episode. `episodes`
+    limits the answer."""
     last = np.searchsorted(transitions.episode, transitions.episode, side="right") - 1
     whole = np.arange(len(last)) + length - 1 <= last
-    if absorbing and transitions.terminated is not None:
-        whole |= transitions.terminated[last]
     if episodes is not None:
         whole &= np.isin(transitions.episode, episodes)
     return np.flatnonzero(whole)
@@ -318,39 +316,29 @@ def window_starts(transitions, length, episodes=None, absorbing=False):
 
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
-    ones of this batch, index (B, T+1, h, w) int64 into them, actions (B, T) int64, over (B, T+1)
-    bool: has the episode ended there?, and steps (B, T) int64, the numbers of the transitions; all
-    that follows the end of an episode has one number of its own.
+    ones of this batch, index (B, T+1, h, w) int64 into them, steps (B, T) int64, the numbers of
+    the transitions, actions (B, T) int64, and over (B, T+1) bool: has the episode ended there?
 
     An epoch has as many windows as `windows_per_episode` says, and what it draws depends on `seed`,
     the epoch and `errors`. Half of a batch is of episodes in random order, one window of each. The
     other half is drawn from all windows, in proportion to the largest of their transitions' last
     errors (Schaul et al. 2016): a gap in a wall is entered once in 300 steps.
 
-    Whatever is done in a terminal state leads back to it (Sutton & Barto 2018, section 3.4):
-    windows start at every step of an episode that ends with `terminated`, and past its end repeat
-    the last frame under random actions. DataError where no episode has a window, or where it is
-    longer than every episode."""
+    DataError where no episode has a window."""
 
     def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1):
         self.transitions, self.window, self.batch_size = transitions, window, batch_size
         self.seed, self.passes, self.epoch = seed, windows_per_episode, 0
         episode = transitions.episode
-        self.starts = window_starts(transitions, window, episodes, absorbing=True)
-        if not len(self.starts) or window > np.bincount(episode).max():
+        self.starts = window_starts(transitions, window, episodes)
+        if not len(self.starts):
             raise DataError(f"{transitions.path} has no {window} steps of one episode in which "
                             "next_obs[t] is obs[t + 1]: lower WINDOW in train_jepa.py, or raise "
                             f"MAX_STEPS_PER_EPISODE and {COLLECT}")
         # Starts are sorted and episodes never decrease, so each episode's starts are one run.
         _, self.first, self.count = np.unique(
             episode[self.starts], return_index=True, return_counts=True)
-        self.last = np.searchsorted(episode, episode, side="right") - 1     # of the same episode
-        self.absorbing = (np.zeros(len(transitions), bool) if transitions.terminated is None
-                          else np.asarray(transitions.terminated))
-        steps, N = self.starts[:, None] + np.arange(window), len(transitions)       # (S, T)
-        past = steps > self.last[self.starts][:, None]
-        self.steps = torch.from_numpy(np.where(past, N + episode[self.starts][:, None], steps))
-        self.errors = torch.ones(N + episode[-1] + 1)  # of each of `steps`, when it was last learnt
+        self.errors = torch.ones(len(transitions))      # of each, when it was last learnt
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -363,26 +351,22 @@ class WindowBatches:
         self.errors[batch["steps"]] = errors.float().cpu()
 
     def __iter__(self):
-        data, rng, T = self.transitions, np.random.default_rng([self.seed, self.epoch]), self.window
+        data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])
         order = np.concatenate([rng.permutation(len(self.first)) for _ in range(self.passes)])
         visits = self.first[order] + rng.integers(self.count[order])    # numbers of starts
-        device = data.actions.device
+        steps = torch.from_numpy(self.starts[:, None] + np.arange(self.window))     # (S, T)
+        ended = data.dones.new_zeros(len(data)) if data.terminated is None else data.terminated
         for b in range(len(self)):
             visited = visits[b * self.batch_size :][: self.batch_size]
-            odds = self.errors[self.steps].amax(1).double().cumsum(0).numpy()
+            odds = self.errors[steps].amax(1).double().cumsum(0).numpy()
             drawn = np.searchsorted(odds, rng.random(len(visited) // 2) * odds[-1])
-            number = np.concatenate([visited[len(drawn) :], drawn])
-            starts = self.starts[number][:, None]
-            steps, last = starts + np.arange(T + 1), self.last[starts]
-            random = rng.integers(data.num_actions, size=(len(starts), T))
-            over = (steps > last) & self.absorbing[last]
-            inside, t, random, over = (torch.from_numpy(x).to(device) for x in (
-                steps <= last, np.minimum(steps, last), random, over))
-            frames = torch.where(inside, data.obs_index[t], data.next_obs_index[t])
+            t = steps[np.concatenate([visited[len(drawn) :], drawn])].to(data.actions.device)
+            frames = torch.cat([data.obs_index[t], data.next_obs_index[t[:, -1:]]], 1)
             tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
-            yield {"patches": data.tiles[tiles.long()], "index": index,
-                   "actions": torch.where(inside[:, :-1], data.actions[t[:, :-1]], random),
-                   "steps": self.steps[number], "over": over}
+            over = torch.zeros_like(frames, dtype=torch.bool)
+            over[:, -1] = torch.as_tensor(ended)[t[:, -1]]
+            yield {"patches": data.tiles[tiles.long()], "index": index, "steps": t,
+                   "actions": data.actions[t], "over": over}
 
 
 def sample_patches(transitions, episodes, seed):

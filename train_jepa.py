@@ -18,7 +18,6 @@ import time
 from numbers import Real
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -172,9 +171,9 @@ def train(path, device):
     """Trains on the data file, saving the checkpoint at `path` after each epoch."""
     data = load_data()
     train_episodes, held_out = split_by_episode(data, VALIDATION_FRACTION, SEED)
-    batches = new_batches(data, train_episodes)
     torch.manual_seed(SEED)
     model, data = new_model(data, train_episodes).to(device), data.to(device)
+    batches = new_batches(data, train_episodes)
     losses, weights = Losses(model), {
         "prediction": 1, "places": PLACES_WEIGHT, "spread": SPREAD_WEIGHT,
         "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT, "ending": ENDING_WEIGHT}
@@ -220,9 +219,6 @@ def train(path, device):
                 say(f"Epoch {epoch:02d} | Batch {number:04d} | Step {step:05d} | "
                     f"Avg Loss {average:.4f}")
         model.eval()
-        if epoch == EPOCHS:
-            validate(model, data, held_out)  # says what counts as the same state
-            remember(model, data, train_episodes)
         row = {"loss": average, **validate(model, data, held_out)}
         row["seconds"] = time.perf_counter() - began
         history.append(row)
@@ -240,13 +236,6 @@ def train(path, device):
                                            "metadata": data.metadata})
     if rank() == 0:
         plot_history(HERE / "loss.png", history)
-
-
-def remember(model, data, episodes):
-    """What is remembered are the frames of the episodes that were trained on."""
-    steps = torch.from_numpy(np.flatnonzero(np.isin(data.episode, episodes)))
-    frames = torch.cat([data.obs_index[steps], data.next_obs_index[steps]]).unique()
-    model.remember(encode_frames(model, data, frames, target=True))
 
 
 def previous_run(path, data):

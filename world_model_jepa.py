@@ -134,7 +134,7 @@ class ConvEncoder(nn.Module):
         filters. The slow features are found, and their average at every place. On the CPU.
 
         patches (P, C, p, p) uint8, the distinct ones, index (B, T+1, h, w) into them: see
-        WindowBatches."""
+        WindowBatches. -> their slow features (P, features), and how often each occurs (P,)."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
@@ -151,6 +151,7 @@ class ConvEncoder(nn.Module):
         x = x @ self.slow
         shown = (F.embedding(some.flatten(1), x) for some in index[:, 0].split(8))
         self.usual.copy_(sum(some.sum(0) for some in shown) / len(index))
+        return x, share
 
     def look(self, convolution, patches):
         """(P, C, p, p) -> features (P, channels): convolution, layer norm, ReLU."""
@@ -182,6 +183,20 @@ class ConvEncoder(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
 # ---------------------------------------------------------------------------------------------
+class Attention(nn.Module):
+    """Attention over nine places, a head for each number that is asked for: what moves (..., M) is
+    the query, what is seen of the places (..., 9, features) the values -> (..., heads)."""
+
+    def __init__(self, moving_dim, features, heads):
+        super().__init__()
+        self.query = nn.Linear(moving_dim, 9 * heads)
+        self.value = nn.Linear(features, heads)
+
+    def forward(self, moving, seen):
+        weight = self.query(moving).unflatten(-1, (9, -1)).softmax(-2)  # (..., 9, heads)
+        return (weight * self.value(seen)).sum(-2)
+
+
 class LatentDynamics(nn.Module):
     """(..., latent_dim), (...) int64 -> (..., latent_dim), unit norm. Leading shapes broadcast.
 
@@ -192,15 +207,15 @@ class LatentDynamics(nn.Module):
 
     Whether the agent can step ahead depends on what stands there. A plain MLP would learn that for
     each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics look
-    first (the attention of DRAW, Gregor et al. 2015): `to_row` and `to_column` point at the place
-    of what moves, `to_map` unfolds the static part into a map, and a small network that hears the
-    map's 3 x 3 patches around that place, and what moves, reports `report_dim` numbers to the MLP.
-    "The way ahead is free" is then one rule. Of the same patches `ending` tells whether the episode
-    is over (the continue predictor of DreamerV2): on a goal, say, after which nothing changes.
+    first (as DRAW does: Gregor et al. 2015): `to_row` and `to_column` point at the place of what
+    moves, `to_map` unfolds the static part into a map, and attention over its 3 x 3 places around
+    that one, asked by what moves, reports `report_dim` numbers to the MLP. "The way ahead is free"
+    is then one rule for all places. From what stands at the place itself, `ending` tells whether
+    the episode is over (the continue predictor of DreamerV2), after which nothing changes.
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
-                 features=8, groups=16, classes=32, action_dim=16, report_dim=4):
+                 features=8, kinds=32, groups=16, classes=32, action_dim=16, report_dim=4):
         super().__init__()
         static_dim = latent_dim - moving_dim
         self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
@@ -208,10 +223,11 @@ class LatentDynamics(nn.Module):
         self.to_column = nn.Linear(moving_dim, grid[1])
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
-        self.report = nn.Sequential(nn.Linear(9 * features + moving_dim, 64), nn.SiLU(),
-                                    nn.Linear(64, report_dim))
-        self.ending = nn.Sequential(nn.Linear(9 * features, 64), nn.ReLU(), nn.Linear(64, 1))
-        nn.init.constant_(self.ending[-1].bias, -5)     # rare (as Lin et al. 2017)
+        self.report = Attention(moving_dim, features, report_dim)
+        self.register_buffer("kinds", torch.zeros(kinds, features))     # see choose_kinds
+        self.register_buffer("often", torch.zeros(kinds))
+        self.ending = nn.Linear(features, 1)
+        nn.init.constant_(self.ending.bias, -5)         # rare (as Lin et al. 2017)
         self.mlp = nn.Sequential(
             nn.Linear(moving_dim + action_dim + report_dim, hidden_dim),
             nn.LayerNorm(hidden_dim), nn.SiLU(),
@@ -219,46 +235,56 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
 
+    def choose_kinds(self, x, share):
+        """From what encoder.start_from gives: kinds of patches, far apart from each other as slow
+        features see them (farthest-first traversal: Gonzalez 1985), and the log of their share."""
+        chosen, distance = [share.argmax()], torch.full_like(share, math.inf)
+        for _ in range(len(self.kinds) - 1):
+            distance = distance.minimum((x - x[chosen[-1]]).square().sum(1))
+            chosen.append(distance.argmax())
+        self.kinds.copy_(x[torch.stack(chosen)])
+        nearest = torch.cat([torch.cdist(some, self.kinds).argmin(1) for some in x.split(4096)])
+        self.often.zero_().index_add_(0, nearest, share).add_(1e-6).log_()
+
     def parts(self, z):
         """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
         return [x * math.sqrt(2 * x.shape[-1]) for x in z.split(self.split, -1)]
 
-    def unfold(self, static):
-        """(..., S) -> map (..., h * w, features): what stands where."""
-        return self.to_map(static).unflatten(-1, (math.prod(self.grid), -1))
+    def tell(self, static):
+        """(..., S) -> log-odds (..., h * w, kinds): which kind of patch stands where?"""
+        return self.assign(self.to_map(static).unflatten(-1, (math.prod(self.grid), -1)))
 
-    def glimpse(self, moving, static):
-        """(..., M), (..., S) -> (..., 9 * features): the map's 3 x 3 places around what moves."""
-        maps = self.unfold(static).detach()  # what it shows is for `places` to decide
-        maps = maps.unflatten(-2, self.grid).flatten(-2)                # (..., h, w * features)
+    def assign(self, x):
+        """Slow features (..., features) -> log-odds of the kinds of patches (..., kinds): minus
+        twice the squared distance, and how often each kind occurs."""
+        scores = 4 * x @ self.kinds.T - 2 * self.kinds.square().sum(1) + self.often
+        return scores.log_softmax(-1)
+
+    @torch.no_grad()
+    def glimpse(self, moving, told):
+        """(..., M), what `tell` says -> (..., 9, features): the 3 x 3 places around what moves.
+
+        No gradient: what the map shows is for `places` to decide, where to look for `pointing`."""
+        maps = (told.exp() @ self.kinds).unflatten(-2, self.grid).flatten(-2)   # (..., h, w * f)
         # The pointers moved by one row, not moved, and moved back, and so for columns: (..., 3, h).
-        # Where to look is for `pointing` to decide.
-        with torch.no_grad():
-            row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
-                           for x in (self.to_row(moving), self.to_column(moving)))
+        row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
+                       for x in (self.to_row(moving), self.to_column(moving)))
         near = (row @ maps).unflatten(-1, (self.grid[1], -1))           # (..., 3, w, features)
-        return (column.unsqueeze(-3) @ near).flatten(-3)
+        return (column.unsqueeze(-3) @ near).flatten(-3, -2)
 
-    def step(self, moving, static, action, noise=0):
-        """(..., M), (..., S), (...) -> next moving part (..., M), coordinates of size about 1.
-
-        `noise` moves the moving part first, so that imagination learns to mend its own errors."""
-        if noise:
-            moving = moving + noise * torch.rand_like(moving[..., :1]) * torch.randn_like(moving)
-            moving = F.normalize(moving, dim=-1) * math.sqrt(self.split[0])
-        glimpse = self.glimpse(moving, static)
-        heard = torch.cat([glimpse, moving.expand(*glimpse.shape[:-1], -1)], -1)
-        x = [moving, F.softsign(self.report(heard)), self.action_embedding(action)]
+    def step(self, moving, seen, action):
+        """(..., M), glimpse (..., 9, features), (...) -> next moving part (..., M), of size 1."""
+        x = [moving, F.softsign(self.report(moving, seen)), self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
-        return F.normalize(self.codebook(code), dim=-1) * math.sqrt(self.split[0])
+        return F.normalize(self.codebook(code), dim=-1)
 
     def forward(self, z, action):
         moving, static = self.parts(z)
-        after = self.step(moving, static, action)
-        over = self.ending(self.glimpse(moving, static)) > 0            # (..., 1)
-        return join(torch.where(over, moving, after), static)
+        seen = self.glimpse(moving, self.tell(static))
+        over = self.ending(seen[..., 4, :]) > 0                         # (..., 1)
+        return join(torch.where(over, moving, self.step(moving, seen, action)), static)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,8 +296,7 @@ class JEPAWorldModel(nn.Module):
     The prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
     encoder is an exponential moving average (EMA) of the online one and gets no gradient.
 
-    Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions, and `memory`
-    says how many latents are remembered.
+    Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
 
     Raises:
         ValueError: the image size is no multiple of the patch size.
@@ -280,13 +305,12 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512, memory=0):
+                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512):
         super().__init__()
         self.arguments = {
             "in_channels": in_channels, "latent_dim": latent_dim, "num_actions": num_actions,
             "image_size": tuple(image_size), "patch_size": patch_size, "channels": channels,
             "features": features, "moving_dim": moving_dim, "hidden_dim": hidden_dim,
-            "memory": memory,
         }
         self.latent_dim, self.moving_dim = latent_dim, moving_dim
         self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
@@ -298,12 +322,11 @@ class JEPAWorldModel(nn.Module):
         # Two latents are one state if the cosine of their moving parts is above this: see validate
         # in train_jepa.py.
         self.register_buffer("same_state", torch.tensor(0.95))
-        self.register_buffer("memory", torch.zeros(memory, moving_dim))     # see remember
 
     def start_from(self, patches, index):
         """See ConvEncoder.start_from."""
-        self.encoder.start_from(patches, index)
-        self.target_encoder.load_state_dict(self.encoder.state_dict())
+        self.dynamics.choose_kinds(*self.encoder.start_from(patches, index))
+        getattr(self, "target_encoder", self.encoder).load_state_dict(self.encoder.state_dict())
 
     def encode(self, obs):
         """(B, 3, H, W) float in [0, 1] -> (B, latent_dim), unit norm, by the online encoder."""
@@ -316,36 +339,7 @@ class JEPAWorldModel(nn.Module):
 
     def predict_next(self, z, action):
         """(..., latent_dim), (...) int64 -> (..., latent_dim): compare it with encode_target."""
-        return self.recall(self.dynamics(z, action))
-
-    @torch.no_grad()
-    def remember(self, z, apart=0.97, most=4096):
-        """Fills the memory with the moving parts of latents (N, latent_dim) that differ: cosine
-        below `apart`, or below same_state where states are nearer than that. It stays empty where
-        there are more than `most`: half of what there is would draw imagination to the wrong half.
-        """
-        apart = max(apart, self.same_state.item())
-        z = F.normalize(z[:, :self.moving_dim], dim=-1)
-        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
-        kept = z[:0]
-        for some in z[order.to(z.device)].split(2048):
-            some = some[(some @ kept.T > apart).sum(1) == 0]
-            twins = (some @ some.T > apart).float()
-            kept = torch.cat([kept, some[twins.cumsum(1).diagonal() == 1]])
-            if len(kept) > most:
-                kept = z[:0]
-                break
-        self.memory, self.arguments["memory"] = kept, len(kept)
-
-    def recall(self, z, sharpness=200):
-        """(..., latent_dim) -> the same, the moving part drawn to what is remembered nearest to it,
-        as in a Hopfield network (Ramsauer et al. 2021); left as it is where nothing remembered is
-        the same state. Small errors of imagination die out instead of adding up."""
-        moving = F.normalize(z[..., :self.moving_dim], dim=-1)
-        cosine = torch.cat([moving @ self.memory.T, self.same_state.expand(*z.shape[:-1], 1)], -1)
-        weight = (sharpness * cosine).softmax(-1)
-        return join(weight[..., :-1] @ self.memory + weight[..., -1:] * moving,
-                    z[..., self.moving_dim:])
+        return self.dynamics(z, action)
 
     def rollout(self, obs, actions):
         """(B, 3, H, W), (B, T) -> (B, T, latent_dim): no frame after the first is seen."""
@@ -393,9 +387,6 @@ class ReconstructionWorldModel(JEPAWorldModel):
         self.to_patches = nn.Linear(self.latent_dim, 2 * a["channels"] * math.prod(grid))
         self.to_pixels = nn.ConvTranspose2d(2 * a["channels"], a["in_channels"], a["patch_size"],
                                             stride=a["patch_size"])
-
-    def start_from(self, patches, index):
-        self.encoder.start_from(patches, index)
 
     def encode_target(self, obs):
         return self.encoder(obs)
@@ -451,33 +442,39 @@ def compute_losses(model, batch):
     z, profiles = (x.unflatten(0, (B, T + 1))
                    for x in encode_shared(model.encoder, patches, index.flatten(0, 1)))
     moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
-    first = static[:, :1]
-    predicted = join(model.dynamics.step(moving[:, :-1], first, actions, noise=0.3), first)
+    first, noisy = static[:, :1], add_noise(moving[:, :-1])
+    told = model.dynamics.tell(first)                       # (B, 1, h * w, kinds)
+    seen = model.dynamics.glimpse(noisy, told)              # (B, T, 9, features)
+    predicted = join(model.dynamics.step(noisy, seen, actions), first)
     if model.objective == "reconstruction":
+        told = model.dynamics.tell(first.detach())          # its latents are for pixels alone
         frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
-        errors = [(model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean((1, 2, 3))
-                  for x, true in ((z, frames), (predicted, frames[:, 1:]))]
-        return {"prediction": sum(map(weigh_by_error, errors)),
-                "places": places(model, static.detach(), patches, index),
-                "pointing": pointing(model, moving.detach(), profiles),
-                "ending": ending(model, moving, first, batch["over"])
-                }, errors[1].detach().view(B, T) * z.shape[-1]
-    with torch.no_grad():
-        target = encode_shared(model.target_encoder, patches, index[:, 1:].flatten(0, 1))[0]
-        target = target.unflatten(0, (B, T))
-    error = (predicted - target).square().sum(-1)           # (B, T)
-    if model.objective == "byol":
-        return {"prediction": error.mean()}, error.detach()
-    within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
-    layout = static.mean(1)
-    return {
-        "prediction": weigh_by_error(error),
-        "places": places(model, static, patches, index),
-        "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
-        "smoothness": 0.4 * moving.diff(dim=1).square().mean(),
-        "pointing": pointing(model, moving.detach(), profiles),
-        "ending": ending(model, moving, first, batch["over"]),
-    }, error.detach()
+        decoded, error = ((model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean(
+            (1, 2, 3)) for x, true in ((z, frames), (predicted, frames[:, 1:])))
+        terms = {"prediction": weigh_by_error(decoded) + weigh_by_error(error)}
+        error = error.view(B, T) * z.shape[-1]
+    else:
+        with torch.no_grad():
+            target = encode_shared(model.target_encoder, patches, index[:, 1:].flatten(0, 1))[0]
+        error = (predicted - target.unflatten(0, (B, T))).square().sum(-1)              # (B, T)
+        if model.objective == "byol":
+            return {"prediction": error.mean()}, error.detach()
+        within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
+        layout = static.mean(1)
+        terms = {
+            "prediction": weigh_by_error(error),
+            "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
+            "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
+    moving = moving.detach()  # the latents are not touched by what the dynamics learn beside it
+    return {**terms, "places": places(model, told, patches, index),
+            "pointing": pointing(model, moving, profiles),
+            "ending": ending(model, moving, told, batch["over"])}, error.detach()
+
+
+def add_noise(moving, most=0.6):
+    """Moving parts of up to `most` of noise, so that imagination learns to mend its own errors."""
+    noise = most * torch.rand_like(moving[..., :1]) * torch.randn_like(moving)
+    return F.normalize(moving + noise, dim=-1) * math.sqrt(moving.shape[-1])
 
 
 def weigh_by_error(error):
@@ -501,38 +498,25 @@ def vicreg(z, variance=1, covariance=0.04):
     return variance * hinge + covariance * (matrix.square().sum() - own.square().sum()) / len(own)
 
 
-def places(model, static, patches, index, candidates=64):
+def places(model, told, patches, index):
     """From the static part of a window's first frame alone: which patch stands at each place of its
     last frame?
 
     As in CPC (van den Oord et al. 2018) and I-JEPA (Assran et al. 2023), features of places are
-    told, not pixels. Both what is told and what is true are softmaxes over distances to at most
-    `candidates` of the batch's patches, as slow features see them (soft assignments, as in SwAV:
-    Caron et al. 2020).
+    told, not pixels. Both what is told and what is true are soft assignments to prototypes (as in
+    SwAV: Caron et al. 2020).
 
-    static (B, T+1, S), index (B, T+1, h, w) -> mean of log(1 + KL divergence, summed over places).
+    told (B, 1, h * w, kinds), index (B, T+1, h, w) -> mean of log(1 + KL divergence, summed over
+    places).
     """
-    P = len(patches)
-    count = torch.bincount(index.flatten(), minlength=P).float()
-    features = model.encoder.look_slowly(patches)                       # (P, features)
-    kept = torch.arange(P, device=index.device)
-    if P > candidates:
-        kept = torch.multinomial(count.sqrt(), candidates)
-    often, kept = count[kept].log(), features[kept]                     # (K,), (K, features)
-
-    def assign(x):
-        """(..., features) -> log-odds of the candidates (..., K)."""
-        # -2 times the squared distance, less what is the same for all, and how often each occurs.
-        return (4 * x @ kept.T - 2 * kept.square().sum(1) + often).log_softmax(-1)
-
-    told = assign(model.dynamics.unfold(static[:, 0]))                  # (B, h * w, K)
-    true = F.embedding(index[:, -1].flatten(1), assign(features))
-    return F.kl_div(told, true, reduction="none", log_target=True).sum((1, 2)).log1p().mean()
+    true = model.dynamics.assign(model.encoder.look_slowly(patches))    # (P, kinds)
+    true = F.embedding(index[:, -1].flatten(1), true)
+    return F.kl_div(told[:, 0], true, reduction="none", log_target=True).sum((1, 2)).log1p().mean()
 
 
 def pointing(model, moving, profiles):
-    """Teaches the dynamics where to look, without touching the latents: what moves is in the row,
-    and in the column, whose maxima do most to set the frame's moving part apart from the average.
+    """Teaches the dynamics where to look: what moves is in the row, and in the column, whose maxima
+    do most to set the frame's moving part apart from the average.
 
     moving (B, T+1, M), profiles (B, T+1, h + w, channels) -> cross-entropies of row and column,
     averaged with weights by error.
@@ -547,13 +531,14 @@ def pointing(model, moving, profiles):
                                        (model.dynamics.to_column, column)))
 
 
-def ending(model, moving, static, over):
-    """Teaches the dynamics where an episode is over, without touching the latents.
+def ending(model, moving, told, over):
+    """Teaches the dynamics where an episode is over.
 
-    moving (B, T+1, M), static (B, 1, S), over (B, T+1) bool -> mean cross-entropy, weighted by
-    error."""
-    told = model.dynamics.ending(model.dynamics.glimpse(moving, static)).squeeze(-1)
-    return weigh_by_error(F.binary_cross_entropy_with_logits(told, over.float(), reduction="none"))
+    moving (B, T+1, M), told (B, 1, h * w, kinds), over (B, T+1) bool -> mean cross-entropy,
+    weighted by error."""
+    here = model.dynamics.glimpse(moving, told)[..., 4, :]              # (B, T+1, features)
+    odds = model.dynamics.ending(here).squeeze(-1)
+    return weigh_by_error(F.binary_cross_entropy_with_logits(odds, over.float(), reduction="none"))
 
 
 # ---------------------------------------------------------------------------------------------

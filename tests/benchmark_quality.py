@@ -358,8 +358,6 @@ def train_as_set(data, recipe, body, weight):
             centre = train_jepa.encode_frames(model, data, some, target=True).mean(0)
             model.encoder.centre = model.target_encoder.centre = centre
         train_jepa.validate(model, data, held_out)  # sets the planner's threshold
-        if learnt is OURS:
-            train_jepa.remember(model, data, episodes)
     return model, seconds
 
 

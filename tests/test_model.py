@@ -19,10 +19,13 @@ from minigrid_dataset import join_tiles
 from tests.conftest import REST, mutated
 from world_model_jepa import (
     MODELS,
+    Attention,
     CheckpointError,
     ConvEncoder,
     JEPAWorldModel,
+    LatentDynamics,
     ReconstructionWorldModel,
+    add_noise,
     compute_losses,
     cut,
     effective_rank,
@@ -128,68 +131,44 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
             layer.weight.zero_()
             layer.bias.zero_()
         dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
-        static = torch.randn(2, 1, 80)
-        maps, seen = dynamics.unfold(static), dynamics.glimpse(torch.randn(2, 3, 48), static)
+        dynamics.kinds.normal_()
+        told = dynamics.tell(torch.randn(2, 1, 80))
+        maps, seen = told.exp() @ dynamics.kinds, dynamics.glimpse(torch.randn(2, 3, 48), told)
     around = F.pad(maps.view(2, 8, 8, -1), (0, 0, 1, 1, 1, 1))      # 0 past the border
     around = around[:, row:row + 3, column:column + 3].flatten(1, 2)
     # In whatever order, the same nine places.
-    seen = seen.unflatten(-1, (9, -1))
     assert torch.cdist(around[:, None].expand(2, 3, 9, -1), seen).amin(-1).max() < 1e-4
+    torch.testing.assert_close(seen[:, :, 4], around[:, None, 4].expand(2, 3, -1))  # the place
 
 
 def test_where_an_episode_is_over_nothing_changes_any_more():
     torch.manual_seed(0)
     dynamics, z = JEPAWorldModel().dynamics, join(torch.randn(3, 48), torch.randn(3, 80))
-    dynamics.ending.forward = lambda glimpse: torch.tensor([[0.1], [-0.1], [-9.0]])
+    dynamics.ending.forward = lambda seen: torch.tensor([[0.1], [-0.1], [-9.0]])
     after = dynamics(z, torch.arange(3))
     torch.testing.assert_close(after[0], z[0])
     assert F.cosine_similarity(after, z)[1:].max() < 0.9
 
 
+def test_each_head_hears_the_place_that_what_moves_asks_for():
+    attention, seen = Attention(moving_dim=2, features=3, heads=2), torch.randn(5, 9, 3)
+    with torch.no_grad():
+        attention.query.weight.zero_()
+        attention.query.bias.zero_()
+        query = attention.query.weight.view(9, 2, 2)
+        query[7, 0, 0], query[2, 1, 1] = 50, 50         # head 0 by dim 0, head 1 by dim 1
+        found = attention(torch.tensor([1.0, 1.0]), seen)
+        values = attention.value(seen)
+    torch.testing.assert_close(found, torch.stack([values[:, 7, 0], values[:, 2, 1]], 1))
+
+
 def test_noise_moves_where_a_step_starts_by_up_to_its_size():
     torch.manual_seed(0)
-    dynamics, starts = JEPAWorldModel().dynamics, []
     moving = 48**0.5 * F.normalize(torch.randn(2000, 48), dim=1)
-    glimpse = dynamics.glimpse
-    dynamics.glimpse = lambda moving, static: starts.append(moving) or glimpse(moving, static)
-    rest = torch.randn(1, 80), torch.zeros(2000, dtype=torch.long)
-    with torch.no_grad():
-        dynamics.step(moving, *rest)
-        dynamics.step(moving, *rest, noise=0.3)
-    torch.testing.assert_close(starts[0], moving)
-    torch.testing.assert_close(starts[1].norm(dim=1), moving.norm(dim=1))
-    off = F.cosine_similarity(starts[1], moving).clamp(max=1).acos().tan()
+    noisy = add_noise(moving, 0.3)
+    torch.testing.assert_close(noisy.norm(dim=1), moving.norm(dim=1))
+    off = F.cosine_similarity(noisy, moving).clamp(max=1).acos().tan()
     assert off.min() < 0.01 and off.max() < 0.45 and off.mean() == pytest.approx(0.15, abs=0.02)
-
-
-# ---------------------------------------------------------------------------------- the memory
-def test_an_imagined_latent_is_drawn_to_the_nearest_that_is_remembered():
-    torch.manual_seed(0)
-    model = JEPAWorldModel().eval()
-    z = join(torch.randn(8, 48), torch.randn(8, 80))
-    torch.testing.assert_close(model.recall(z), z)                 # nothing is remembered yet
-    model.remember(torch.cat([z[:6], z[:6]]))
-    assert model.memory.shape == (6, 48)                           # each once
-    near = z.clone()
-    near[:, :48] += 0.02 * torch.randn(8, 48)
-    near = join(near[:, :48], near[:, 48:])
-    torch.testing.assert_close(model.recall(near)[:6], z[:6], rtol=0, atol=2e-3)
-    torch.testing.assert_close(model.recall(near)[6:], near[6:])   # no state that is known
-    torch.testing.assert_close(model.recall(near.view(2, 4, -1)).view(8, -1), model.recall(near))
-
-
-def test_the_memory_keeps_what_is_apart_or_nothing_where_that_is_too_much():
-    torch.manual_seed(0)
-    model = JEPAWorldModel()
-    z = join(torch.randn(30, 48).repeat(100, 1) + 0.01 * torch.randn(3000, 48), torch.ones(80))
-    model.remember(z)
-    assert len(model.memory) == 30
-    torch.testing.assert_close(model.recall(z), z, rtol=0, atol=0.02)
-    kept = model.memory
-    torch.testing.assert_close(kept.norm(dim=1), torch.ones(30))
-    assert (kept @ kept.T - torch.eye(30)).max() < 0.97
-    model.remember(z, most=29)                                      # half a memory misleads
-    assert model.memory.shape == (0, 48) and model.arguments["memory"] == 0
 
 
 # --------------------------------------------------------------------------- how an encoder begins
@@ -293,8 +272,9 @@ def test_the_target_encoder_is_a_moving_average():
 @pytest.mark.parametrize("objective", ["jepa", "byol"])
 def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
     torch.manual_seed(0)
-    model = MODELS[objective]()
-    terms, errors = compute_losses(model, batch())
+    model, windows = MODELS[objective](), batch()
+    model.start_from(windows["patches"], windows["index"])
+    terms, errors = compute_losses(model, windows)
     sum(terms.values()).backward()
     assert errors.shape == (4, 3) and not errors.requires_grad
     assert all(p.grad is None for p in model.target_encoder.parameters())
@@ -308,8 +288,7 @@ def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
 def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     torch.manual_seed(0)
     model, seen = JEPAWorldModel().eval(), []
-    step = model.dynamics.step
-    model.dynamics.step = lambda *args, noise=0: step(*args)
+    monkeypatch.setattr(world_model_jepa, "add_noise", lambda moving: moving)
     monkeypatch.setattr(world_model_jepa, "weigh_by_error",
                         lambda error: seen.append(error) or weigh_by_error(error))
     windows = batch()
@@ -318,12 +297,13 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     assert seen[0].shape == (4, 3)                                  # the others are other terms'
     torch.testing.assert_close(terms["prediction"], weigh_by_error(seen[0]))
     torch.testing.assert_close(errors, seen[0].detach())
-    first, m = model.encode(join_tiles(patches, index[:, 0])), model.moving_dim
+    first = model.dynamics.parts(model.encode(join_tiles(patches, index[:, 0])))[1]
     for t in range(3):
         obs, after = (join_tiles(patches, index[:, k]) for k in (t, t + 1))
-        moved = model.dynamics.step(model.dynamics.parts(model.encode(obs))[0],
-                                    model.dynamics.parts(first)[1], actions[:, t])
-        by_hand = (join(moved, first[:, m:]) - model.encode_target(after)).square().sum(1)
+        moving = model.dynamics.parts(model.encode(obs))[0]
+        seen = model.dynamics.glimpse(moving, model.dynamics.tell(first))
+        moved = model.dynamics.step(moving, seen, actions[:, t])
+        by_hand = (join(moved, first) - model.encode_target(after)).square().sum(1)
         torch.testing.assert_close(errors[:, t], by_hand.detach(), rtol=1e-3, atol=1e-5)
 
 
@@ -381,31 +361,32 @@ def test_vicregs_two_terms_by_hand():
 
 def test_a_static_part_that_knows_the_layout_tells_the_places():
     torch.manual_seed(0)
-    model = JEPAWorldModel()
-    windows = batch(B=4, T=2)
+    model, windows = JEPAWorldModel(), batch(B=4, T=2)
+    model.start_from(windows["patches"], windows["index"])
     patches, index = windows["patches"] / 255, windows["index"]
     index[:] = index[:, :1]  # nothing moves
-    encoder = model.encoder
-    truth = encoder.look_slowly(patches)[index.flatten(2)].detach()
-    scale, plain, found = 20 / truth.std(), encoder.look_slowly, {}     # truth is (B, T+1, 64, C)
-    encoder.look_slowly = lambda patches: plain(patches) * scale
-    for name, shown in (("knows", truth * scale), ("of another episode", truth.roll(1, 0) * scale),
-                        ("nothing", torch.zeros_like(truth))):
-        model.dynamics.unfold = (lambda static, shown=shown: shown[:, 0])
-        found[name] = places(model, torch.zeros(4, 3, 80), patches, index).item()
-    assert found["knows"] < 0.01 < 0.1 < found["nothing"] < found["of another episode"]
+    with torch.no_grad():
+        model.dynamics.kinds *= 20
+        plain = model.encoder.look_slowly
+        model.encoder.look_slowly = lambda patches: 20 * plain(patches)
+        truth = model.dynamics.assign(model.encoder.look_slowly(patches))[index[:, :1].flatten(2)]
+        found = [places(model, told, patches, index) for told in (
+            truth, torch.zeros_like(truth).log_softmax(-1), truth.roll(1, 0))]
+    assert found[0] < 0.01 < 0.1 < found[1] < found[2]  # it knows, nothing, of another episode
 
 
-def test_places_of_images_without_tiles_cost_what_the_candidates_cost():
-    model, P = JEPAWorldModel(), 30_000
-    patches = torch.rand(P, 3, 8, 8)
-    index = torch.randperm(P)[:4 * 5 * 64].view(4, 5, 8, 8)
-    static, began = torch.randn(4, 5, 80, requires_grad=True), time.process_time()
-    loss = places(model, static, patches, index)
-    loss.backward()
+def test_places_are_told_by_kinds_that_are_far_apart_however_many_patches_there_are():
+    torch.manual_seed(0)
+    dynamics, rare = LatentDynamics(kinds=3), torch.zeros(50_000, 8)
+    rare[7, 0], rare[9, 1], began = 2, 3, time.process_time()
+    x = rare + 0.01 * torch.rand(50_000, 8)
+    dynamics.choose_kinds(x, torch.full((50_000,), 1 / 50_000))
     assert time.process_time() - began < 1
-    assert loss > 0 and loss.isfinite() and static.grad.any()
-    assert places(model, static, patches[:1], index * 0) == 0  # one patch is no question
+    torch.testing.assert_close(dynamics.kinds[1:], x[[9, 7]])
+    torch.testing.assert_close(dynamics.often.exp(), torch.tensor([1.0, 0, 0]), rtol=0, atol=1e-3)
+    told = dynamics.assign(x[[0, 7, 9]])
+    assert told.shape == (3, 3) and told.argmax(1).tolist() == [0, 0, 1]  # 2 is near, and rare
+    torch.testing.assert_close(told.exp().sum(1), torch.ones(3))
 
 
 # ---------------------------------------------------------------------------------------- measures

@@ -47,9 +47,7 @@ from world_model_jepa import (
     save_checkpoint,
 )
 
-# ---------------------------------------------------------------------------------------------
-# Settings: edit and rerun
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------- Settings: edit and rerun
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
 EPOCHS = 8                 # passes over the data
 BATCH_SIZE = 64            # windows a batch
@@ -80,9 +78,7 @@ RULES = {  # what the settings may be: (kind, least, most)
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. Settings and data
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- 1. Settings and data
 def settings():
     """The constants that decide what a run computes, as plain numbers: kept in the checkpoint to
     tell runs apart. Raises DataError, one sentence, at a setting that makes no sense."""
@@ -108,37 +104,37 @@ def say(text):
         tqdm.write(text)
 
 
+def wait():
+    """For the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def rank():
     """The number of this process among those that torchrun started; 0 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def collect_first(reason):
-    """Process 0 collects what the constants of collect_minigrid_data.py say, the others wait."""
-    say(f"{reason}: collecting it first")
-    if dist.is_initialized():
-        dist.barrier()  # all have looked for the file before there is one
-    if rank() == 0:
-        collect.main()
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def load_data():
     """The transitions to learn from. The collector's own file is collected first where it is
     missing or was made with other constants; a file from elsewhere is taken as it is."""
     path = collect.data_path()
-    if not path.exists():
-        if collect.DATA_FILE:
-            raise DataError(f"{path} is missing: correct DATA_FILE in collect_minigrid_data.py, or "
-                            "run python3 collect_minigrid_data.py to make it")
-        collect_first(f"{path} is missing")
-    data = load_transitions(path, labels=False)
-    difference = collect.fits_settings(data.metadata)
-    if difference and difference != collect.NOT_OURS:
-        collect_first(f"{path} was made with other settings ({difference})")
+    if not path.exists() and collect.DATA_FILE:
+        raise DataError(f"{path} is missing: correct DATA_FILE in collect_minigrid_data.py, or "
+                        "run python3 collect_minigrid_data.py to make it")
+    reason = "is missing"
+    if path.exists():
         data = load_transitions(path, labels=False)
-    return data
+        difference = collect.fits_settings(data.metadata)
+        if difference in (None, collect.NOT_OURS):
+            return data
+        reason = f"was made with other settings ({difference})"
+    say(f"{path} {reason}: collecting it first")
+    wait()  # all have looked for the file before there is one
+    if rank() == 0:
+        collect.main()
+    wait()
+    return load_transitions(path, labels=False)
 
 
 def new_model(data, episodes):
@@ -164,9 +160,7 @@ def new_optimizer(model, batches):
         optimizer, LEARNING_RATE, total_steps=max(EPOCHS * len(batches), 20), pct_start=0.1)
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Training
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------- 2. Training
 def train(path, device):
     """Trains on the data file, saving the checkpoint at `path` after each epoch."""
     data = load_data()
@@ -256,8 +250,7 @@ def previous_run(path, data):
                   else "it is finished")
     except (CheckpointError, KeyError, TypeError):
         reason = "it cannot be read"
-    if dist.is_initialized():
-        dist.barrier()  # until all have read it
+    wait()  # until all have read it
     if rank() == 0:
         aside = next(p for i in range(1, 10**6)
                      if not (p := path.with_suffix(f".old{i}.pt")).exists())
@@ -266,9 +259,7 @@ def previous_run(path, data):
     return None
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Validation on held-out episodes
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------- 3. Validation on held-out episodes
 @torch.no_grad()
 def encode_frames(model, data, frames, target=False):
     """Numbers of frames (F,) -> latents (F, D), each distinct patch looked at once."""
@@ -345,7 +336,6 @@ def plot_history(path, history):
     collect.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
-# ---------------------------------------------------------------------------------------------
 def join_processes():
     """Where torchrun started this process: joins the others, and takes its own GPU if it has one.
     Raises DataError where the batches cannot be divided among so many."""

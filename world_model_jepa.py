@@ -26,12 +26,10 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 7
+CHECKPOINT_FORMAT = 8
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. Encoder: an image becomes a point on the unit sphere
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
 def join(moving, static):
     """(..., M) and (..., S) -> (..., M + S) of unit norm, both parts of equal norm; their leading
     shapes broadcast."""
@@ -180,9 +178,7 @@ class ConvEncoder(nn.Module):
         return join(moving, self.static(shown.flatten(1))), profiles
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------- 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
 class Attention(nn.Module):
     """Attention over nine places, a head for each number that is asked for: what moves (..., M) is
     the query, what is seen of the places (..., 9, features) the values -> (..., heads)."""
@@ -287,9 +283,7 @@ class LatentDynamics(nn.Module):
         return join(torch.where(over, moving, self.step(moving, seen, action)), static)
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. The JEPA: both, and a slow copy of the encoder that gives the regression target
-# ---------------------------------------------------------------------------------------------
+# --------------- 3. The JEPA: both, and a slow copy of the encoder that gives the regression target
 class JEPAWorldModel(nn.Module):
     """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020).
 
@@ -403,9 +397,7 @@ class ReconstructionWorldModel(JEPAWorldModel):
 MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, ReconstructionWorldModel)}
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. The objective: L = prediction + places + spread + smoothness + pointing + ending
-# ---------------------------------------------------------------------------------------------
+# -------------- 4. The objective: L = prediction + places + spread + smoothness + pointing + ending
 class Losses(nn.Module):
     """compute_losses of a model, as a module: what DistributedDataParallel wraps."""
 
@@ -541,9 +533,7 @@ def ending(model, moving, told, over):
     return weigh_by_error(F.binary_cross_entropy_with_logits(odds, over.float(), reduction="none"))
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. What a latent is worth: three numbers that the loss does not show
-# ---------------------------------------------------------------------------------------------
+# ----------------------------- 5. What a latent is worth: three numbers that the loss does not show
 
 
 def latent_spread(z):
@@ -580,9 +570,7 @@ def hits_at_1(z, candidates, true_index):
     return torch.cat(hits)
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Checkpoints and devices
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------- 6. Checkpoints and devices
 
 
 class CheckpointError(ValueError):
@@ -612,28 +600,24 @@ def read_checkpoint(path):
     Raises:
         CheckpointError: the file is missing, damaged, unreadable, or of another format.
     """
-    path = Path(path)
-    again = "run python3 train_jepa.py"
+    path, again = Path(path), "run python3 train_jepa.py"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {again}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load itself skips the checksums
-            members = archive.infolist()
-            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or archive.testzip():
+            stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+            if not stored or archive.testzip():
                 raise ValueError("not what torch.save writes")
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch names no common base for what a hostile file can raise
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint: move it away and {again}") from error
-    if not isinstance(contents, dict) or contents.get("format") != CHECKPOINT_FORMAT:
-        found = contents.get("format") if isinstance(contents, dict) else None
-        raise CheckpointError(f"{path} has checkpoint format {found}, this version reads format "
-                              f"{CHECKPOINT_FORMAT}: move it away and {again}")
-    for name, kind in {"objective": str, "arguments": dict, "model": dict, "epoch": int,
-                       "history": list, "settings": dict, "data": dict}.items():
-        if not isinstance(contents.get(name), kind):
-            raise CheckpointError(f"{path} has no {name}: move it away and {again}")
-    return contents
+        kinds = {"objective": str, "arguments": dict, "model": dict, "epoch": int, "history": list,
+                 "settings": dict, "data": dict}
+        if contents["format"] == CHECKPOINT_FORMAT and all(
+                isinstance(contents[name], kind) for name, kind in kinds.items()):
+            return contents
+        what = f"has another format than {CHECKPOINT_FORMAT}, which this version reads"
+    except Exception:  # torch names no common base for what a hostile file can raise
+        what = "is damaged or no checkpoint"
+    raise CheckpointError(f"{path} {what}: move it away and {again}")
 
 
 def build_model(contents, path):
@@ -641,10 +625,9 @@ def build_model(contents, path):
     try:
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             model = MODELS[contents["objective"]](**contents["arguments"])
-        weights = contents["model"]
-        if not all(w.is_contiguous() and w.isfinite().all() for w in weights.values()):
+        if not all(w.is_contiguous() and w.isfinite().all() for w in contents["model"].values()):
             raise ValueError("weights that are not numbers")
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(contents["model"], assign=True)
     except Exception as error:
         raise CheckpointError(f"{path} does not describe a model of this version: move it away and "
                               "run python3 train_jepa.py") from error

@@ -280,7 +280,7 @@ def validate(model, data, episodes):
     nothing changes.
 
     Also sets model.same_state, for the planner: half-way between equal (1) and the cosine that the
-    moving parts of two different frames of one episode hardly ever exceed (one pair in 1,000).
+    moving parts of two different frames of one episode hardly ever exceed (a pair in 10,000).
     """
     device = data.actions.device
     starts = torch.from_numpy(window_starts(data, 1, episodes)[:5000])
@@ -299,7 +299,7 @@ def validate(model, data, episodes):
     others = (episode[:, None] == episode) & (before[:, None] != before)
     cosines = (moving @ moving.T)[others].sort().values
     if len(cosines):
-        model.same_state.fill_((1 + cosines[int(0.999 * (len(cosines) - 1))]) / 2)
+        model.same_state.fill_((1 + cosines[int(0.9999 * (len(cosines) - 1))]) / 2)
     predicted = model.predict_next(online[before], data.actions[starts])
     moved = before != after
     return {

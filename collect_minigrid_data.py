@@ -70,8 +70,8 @@ DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz
 ROOT = Path(__file__).resolve().parent
 EDIT = "in collect_minigrid_data.py"
 FORMAT_VERSION = 1
-LEAST = {"NUM_EPISODES": 1, "MAX_STEPS_PER_EPISODE": 1, "TILE_SIZE": 1, "SEED": 0,
-         "WARM_UP_STEPS": 0, "NUM_WORKERS": 1}  # whole numbers
+RULES = {"NUM_EPISODES": (int, 1), "MAX_STEPS_PER_EPISODE": (int, 1), "TILE_SIZE": (int, 1),
+         "SEED": (int, 0), "WARM_UP_STEPS": (int, 0), "NUM_WORKERS": (int, 1)}
 KEYS = ("obs", "next_obs", "actions", "rewards", "dones", "terminated", "truncated", "episode",
         "agent_pos", "agent_dir", "grid", "carrying", "metadata")
 TRANSITION = [("episode", np.int32), ("actions", np.int64), ("rewards", np.float32),
@@ -540,20 +540,23 @@ def keep_aside(path: Path) -> Path | None:
     return aside
 
 
-def check_whole_numbers(settings: dict, least: dict, script: str):
-    """Raise CollectError at the first of the settings named in `least` that is no whole number or
-    is less than it."""
-    for name, lowest in least.items():
-        value = settings[name]
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not whole or value < lowest:
-            raise CollectError(f"{name} must be a whole number, {lowest} or more, not {value!r}: "
-                               f"edit {name} in {script}")
+def check_numbers(settings: dict, rules: dict, script: str) -> dict:
+    """The settings that `rules` names, {name: (kind, least[, most])}, as plain numbers. Raises
+    CollectError at the first that is no number of its kind, or too small or large."""
+    plain = {}
+    for name, (kind, least, *most) in rules.items():
+        value, wanted = settings[name], f"from {least} to {most[0]}" if most else f"{least} or more"
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not number or not least <= value <= min(most, default=2**63 - 1) or kind(value) != value:
+            raise CollectError(f"{name} must be a {'whole ' * (kind is int)}number, {wanted}, not "
+                               f"{value!r}: edit {name} in {script}")
+        plain[name] = kind(value)
+    return plain
 
 
 def check_settings():
     """Raise CollectError at a setting that cannot be used, before anything is collected."""
-    check_whole_numbers(globals(), LEAST, "collect_minigrid_data.py")
+    globals().update(check_numbers(globals(), RULES, "collect_minigrid_data.py"))
     for name, kind in (("ENV_ID", str), ("DATA_FILE", str | Path)):
         if not isinstance(globals()[name], kind):
             raise CollectError(

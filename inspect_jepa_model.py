@@ -53,8 +53,9 @@ PROBE_EPISODES = 800     # and 10 frames from episodes in each of these: doors a
 HERE = Path(__file__).resolve().parent
 NAMES = ("jepa", "reconstruction")
 FORWARD = 2              # MiniGrid's number of the action; 0 and 1 turn
-LEAST = {"EVAL_SEED": 0, "EVAL_EPISODES": 1, "EVAL_STEPS": 1, "MAX_WINDOWS": 1,
-         "STRICT_STATES": 1, "HORIZON": 1, "PROBE_LAYOUTS": 1, "PROBE_EPISODES": 1}
+RULES = {"EVAL_SEED": (int, 0), **dict.fromkeys(
+    ("EVAL_EPISODES", "EVAL_STEPS", "MAX_WINDOWS", "STRICT_STATES", "HORIZON", "PROBE_LAYOUTS",
+     "PROBE_EPISODES"), (int, 1))}
 COLOURS = {"jepa": "#0072B2", "reconstruction": "#D55E00", "untrained": "#E69F00",
            "copy": "#009E73", "chance": "black", "simulator": "#CC79A7"}  # Okabe & Ito 2008
 
@@ -657,7 +658,7 @@ def main():
     device = jepa.pick_device()
     print(f"Using device: {device}")
     try:
-        collect.check_whole_numbers(globals(), LEAST, Path(__file__).name)
+        globals().update(collect.check_numbers(globals(), RULES, Path(__file__).name))
         inspect(device)
     except (jepa.CheckpointError, collect.CollectError, DataError, OSError) as error:
         sys.exit(f"error: {error}")

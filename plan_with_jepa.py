@@ -38,17 +38,8 @@ SEED = 1000          # of the tasks; must differ from the data's, whose layouts 
 MAX_STATES = 5000    # imagined states per search, for memory's sake; FourRooms has about 1,040
 
 HERE = Path(__file__).resolve().parent
-SETTINGS = ("NUM_TASKS", "CONTROL_TASKS", "SEED", "MAX_STATES")
+RULES = {"NUM_TASKS": (int, 1), "CONTROL_TASKS": (int, 1), "SEED": (int, 0), "MAX_STATES": (int, 1)}
 PICKUP, TOGGLE = 3, 5  # MiniGrid's numbers of these actions
-
-
-def check_settings():
-    """Raises CheckpointError, one sentence, at a setting that cannot be used."""
-    for name in SETTINGS:
-        value, least = globals()[name], int(name != "SEED")
-        if type(value) is not int or value < least:
-            raise CheckpointError(f"{name} is {value!r}: make it a whole number, {least} or more, "
-                                  "in plan_with_jepa.py")
 
 
 # ------------------------------------------ 1. the planner: two images and the model, nothing else
@@ -452,7 +443,7 @@ def draw(path, world, model, attempts, rows):
 # --------------------------------------------------------------------------------- 5. all of it
 def prepare():
     """-> world, {name: model}. Raises CheckpointError or CollectError."""
-    check_settings()
+    globals().update(collect.check_numbers(globals(), RULES, "plan_with_jepa.py"))
     world, models = None, {}
     for name in ("JEPA", "reconstruction"):
         path = HERE / f"{name.lower()}_world_model.pt"
@@ -483,7 +474,7 @@ def main():
         attempts, rows = compare(world, models)
         print_table(world, rows)
         report = {"env_id": world.env_id, "random": world.random,
-                  "settings": {name: globals()[name] for name in SETTINGS},
+                  "settings": {name: globals()[name] for name in RULES},
                   "device": str(pick_device()), "threads": torch.get_num_threads(), "rows": rows}
         collect.write_atomically(HERE / "plan.json", lambda path: path.write_text(
             json.dumps(report, indent=1) + "\n"))

@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from numbers import Real
 from pathlib import Path
 
 import torch
@@ -71,28 +70,19 @@ RULES = {  # what the settings may be: (kind, least, most)
     "EPOCHS": (int, 1, 10**6), "BATCH_SIZE": (int, 2, 10**6), "WINDOW": (int, 2, 10**4),
     "LEARNING_RATE": (float, 1e-9, 1), "EMA_MOMENTUM": (float, 0, 0.999999),
     "LATENT_DIM": (int, 2, 10**5), "MOVING_DIM": (int, 1, 10**5),
-    "VALIDATION_FRACTION": (float, 1e-9, 0.9), "SEED": (int, 0, 2**63 - 1),
-    "PLACES_WEIGHT": (float, 0, 1e9), "SPREAD_WEIGHT": (float, 0, 1e9),
-    "SMOOTHNESS_WEIGHT": (float, 0, 1e9), "POINTING_WEIGHT": (float, 0, 1e9),
-    "ENDING_WEIGHT": (float, 0, 1e9),
-}
+    "VALIDATION_FRACTION": (float, 1e-9, 0.9), "SEED": (int, 0), **dict.fromkeys(
+        ("PLACES_WEIGHT", "SPREAD_WEIGHT", "SMOOTHNESS_WEIGHT", "POINTING_WEIGHT",
+         "ENDING_WEIGHT"), (float, 0, 1e9))}
 
 
 # ----------------------------------------------------------------------------- 1. Settings and data
 def settings():
     """The constants that decide what a run computes, as plain numbers: kept in the checkpoint to
-    tell runs apart. Raises DataError, one sentence, at a setting that makes no sense."""
+    tell runs apart. Raises DataError or CollectError at a setting that makes no sense."""
     if not isinstance(OBJECTIVE, str) or OBJECTIVE not in MODELS:
         raise DataError(f"OBJECTIVE is {OBJECTIVE!r}: make it one of {', '.join(MODELS)} in "
                         "train_jepa.py")
-    values = {"OBJECTIVE": OBJECTIVE}
-    for name, (kind, least, most) in RULES.items():
-        value = globals()[name]
-        good = isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
-        if not good or kind(value) != value:
-            raise DataError(f"{name} is {value!r}: make it a {'whole ' * (kind is int)}number from "
-                            f"{least} to {most} in train_jepa.py")
-        values[name] = kind(value)
+    values = {"OBJECTIVE": OBJECTIVE, **collect.check_numbers(globals(), RULES, "train_jepa.py")}
     if not MOVING_DIM < LATENT_DIM:
         raise DataError(f"MOVING_DIM is {MOVING_DIM}: make it less than LATENT_DIM ({LATENT_DIM}) "
                         "in train_jepa.py")
@@ -359,7 +349,8 @@ def main():
         say(f"Using device: {device}" + (
             f", {dist.get_world_size()} processes" if dist.is_initialized() else ""))
         train(path, device)
-    except (DataError, CheckpointError, FloatingPointError, OSError) as error:
+    except (DataError, collect.CollectError, CheckpointError, FloatingPointError,
+            OSError) as error:
         sys.exit(f"error: {error}" if rank() == 0 else 1)
     except RuntimeError as error:
         if not dist.is_initialized():

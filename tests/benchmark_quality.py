@@ -538,7 +538,7 @@ def stamp(data, body):
     """Eight letters that change with what a row of `body` depends on, but for this file."""
     its = train_jepa.settings()
     names = its if body == "own" else ("BATCH_SIZE", "WINDOW", "LATENT_DIM", "VALIDATION_FRACTION")
-    facts = [data.digest, PLAN_TASKS, PLAN_STATES, [getattr(inspect, n) for n in inspect.LEAST],
+    facts = [data.digest, PLAN_TASKS, PLAN_STATES, [getattr(inspect, n) for n in inspect.RULES],
              {n: its[n] for n in names
               if n not in ("OBJECTIVE", "SEED", "EPOCHS")}]
     source = (REPO / "world_model_jepa.py").read_text() if body == "own" else ""

@@ -353,7 +353,7 @@ def test_unwritable_folder(small, tmp_path):
 
 @pytest.mark.parametrize("name, value, says", [
     *[(name, value, f"a whole number, {least} or more, not {value!r}")
-      for name, least in collect.LEAST.items() for value in (least - 1, 2.5, True, "3", None)],
+      for name, (_, least) in collect.RULES.items() for value in (least - 1, 2.5, True, "3", None)],
     ("ACTION_WEIGHTS", (1, 2), "for each of 7 actions"), ("ACTION_WEIGHTS", 3, "numbers"),
     ("ACTION_WEIGHTS", (0,) * 7, "one of them above 0"), ("ACTION_WEIGHTS", ("a",) * 7, "numbers"),
     ("ACTION_WEIGHTS", (1, -1, 1, 1, 1, 1, 1), "none of them negative"),

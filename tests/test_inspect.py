@@ -345,7 +345,7 @@ def test_short_horizon(small, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("PROBE_EPISODES", 0), ("EVAL_SEED", -1), ("HORIZON", 5.0), ("STRICT_STATES", True)])
+    ("PROBE_EPISODES", 0), ("EVAL_SEED", -1), ("HORIZON", 5.5), ("STRICT_STATES", True)])
 def test_settings_are_checked_first(small, monkeypatch, name, value):
     monkeypatch.setattr(inspection, name, value)
     with pytest.raises(SystemExit) as stop:

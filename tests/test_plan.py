@@ -347,12 +347,12 @@ def test_a_random_world_has_no_oracle(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("NUM_TASKS", 0), ("NUM_TASKS", 2.0), ("CONTROL_TASKS", True), ("SEED", -1),
+    ("NUM_TASKS", 0), ("NUM_TASKS", 2.5), ("CONTROL_TASKS", True), ("SEED", -1),
     ("MAX_STATES", "many")])
 def test_settings(name, value, monkeypatch):
     monkeypatch.setattr(plan, name, value)
-    with pytest.raises(CheckpointError, match=f"{name} is .* in plan_with_jepa.py"):
-        plan.check_settings()
+    with pytest.raises(plan.collect.CollectError, match=f"edit {name} in plan_with_jepa.py"):
+        plan.prepare()
 
 
 @pytest.mark.parametrize("metadata, says", [

@@ -13,7 +13,7 @@ from minigrid.minigrid_env import MiniGridEnv
 import plan_with_jepa as plan
 from plan_with_jepa import World, attempt, follow, make_task, plan_actions, reach, spl
 from tests.conftest import REST
-from world_model_jepa import CheckpointError, JEPAWorldModel, save_checkpoint
+from world_model_jepa import JEPAWorldModel, save_checkpoint
 
 MAZE = ("#######",
         "#..#..#",

@@ -253,7 +253,7 @@ def previous_run(path, data):
 @torch.no_grad()
 def encode_frames(model, data, frames, target=False):
     """Numbers of frames (F,) -> latents (F, D), each distinct patch looked at once."""
-    encoder = getattr(model, "target_encoder", model.encoder) if target else model.encoder
+    encoder = model.target_encoder if target else model.encoder
     latents = []
     for some in frames.split(512):
         tiles, index = data.frame_tiles[some].unique(return_inverse=True)
@@ -305,24 +305,18 @@ def validate(model, data, episodes):
 def plot_history(path, history):
     """Loss, spread, rank and hit@1 over epochs, as a picture at `path`."""
     figure = Figure(figsize=(15, 3.4), layout="constrained")
-    panels = [
-        ("Prediction error (MSE)", None, [("train", "loss"), ("held out", "val_loss")]),
-        ("Spread z_std (1 even, 0 collapsed)", 1.1, [("held out", "z_std")]),
-        (f"Effective rank (of {LATENT_DIM} dims)", 1.1 * LATENT_DIM, [("held out", "rank")]),
-        ("hit@1, one step, moved only", 1.1, [("model", "hit@1"), ("copy", "copy")]),
-    ]
-    for axis, (title, top, lines) in zip(figure.subplots(1, 4), panels):
-        for (label, key), style in zip(lines, ("o-", "s--")):
-            axis.plot(range(1, len(history) + 1), [h[key] for h in history], style, ms=4,
-                      label=label)
+    panels = {"Prediction error (MSE)": ("loss", "val_loss"),
+              "Spread z_std (1 even, 0 collapsed)": ("z_std",),
+              f"Effective rank (of {LATENT_DIM} dims)": ("rank",),
+              "hit@1, one step, moved only": ("hit@1", "copy")}
+    for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
+        for key, style in zip(keys, ("o-", "s--")):
+            axis.plot(range(1, len(history) + 1), [h[key] for h in history], style, ms=4, label=key)
         axis.set(title=title, xlabel="epoch")
+        axis.set(**{"yscale": "log"} if "loss" in keys else {"ylim": (0, None)})
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-        if top is None:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(0, top)
     collect.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 

@@ -132,7 +132,7 @@ class ConvEncoder(nn.Module):
         filters. The slow features are found, and their average at every place. On the CPU.
 
         patches (P, C, p, p) uint8, the distinct ones, index (B, T+1, h, w) into them: see
-        WindowBatches. -> their slow features (P, features), and how often each occurs (P,)."""
+        WindowBatches. -> their slow features (P, features)."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
@@ -149,7 +149,7 @@ class ConvEncoder(nn.Module):
         x = x @ self.slow
         shown = (F.embedding(some.flatten(1), x) for some in index[:, 0].split(8))
         self.usual.copy_(sum(some.sum(0) for some in shown) / len(index))
-        return x, share
+        return x
 
     def look(self, convolution, patches):
         """(P, C, p, p) -> features (P, channels): convolution, layer norm, ReLU."""
@@ -179,20 +179,6 @@ class ConvEncoder(nn.Module):
 
 
 # --------------------------------------------------- 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
-class Attention(nn.Module):
-    """Attention over nine places, a head for each number that is asked for: what moves (..., M) is
-    the query, what is seen of the places (..., 9, features) the values -> (..., heads)."""
-
-    def __init__(self, moving_dim, features, heads):
-        super().__init__()
-        self.query = nn.Linear(moving_dim, 9 * heads)
-        self.value = nn.Linear(features, heads)
-
-    def forward(self, moving, seen):
-        weight = self.query(moving).unflatten(-1, (9, -1)).softmax(-2)  # (..., 9, heads)
-        return (weight * self.value(seen)).sum(-2)
-
-
 class LatentDynamics(nn.Module):
     """(..., latent_dim), (...) int64 -> (..., latent_dim), unit norm. Leading shapes broadcast.
 
@@ -219,9 +205,9 @@ class LatentDynamics(nn.Module):
         self.to_column = nn.Linear(moving_dim, grid[1])
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
-        self.report = Attention(moving_dim, features, report_dim)
+        self.query = nn.Linear(moving_dim, 9 * report_dim)
+        self.value = nn.Linear(features, report_dim)
         self.register_buffer("kinds", torch.zeros(kinds, features))     # see choose_kinds
-        self.register_buffer("often", torch.zeros(kinds))
         self.ending = nn.Linear(features, 1)
         nn.init.constant_(self.ending.bias, -5)         # rare (as Lin et al. 2017)
         self.mlp = nn.Sequential(
@@ -231,16 +217,17 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
 
-    def choose_kinds(self, x, share):
-        """From what encoder.start_from gives: kinds of patches, far apart from each other as slow
-        features see them (farthest-first traversal: Gonzalez 1985), and the log of their share."""
-        chosen, distance = [share.argmax()], torch.full_like(share, math.inf)
-        for _ in range(len(self.kinds) - 1):
+    def choose_kinds(self, x):
+        """Of slow features (P, features), points that are far apart from each other, by farthest-
+        first traversal (Gonzalez 1985): at most as many kinds of patches as there is room for."""
+        chosen, distance = [0], torch.full((len(x),), math.inf)
+        while len(chosen) < len(self.kinds):
             distance = distance.minimum((x - x[chosen[-1]]).square().sum(1))
-            chosen.append(distance.argmax())
-        self.kinds.copy_(x[torch.stack(chosen)])
-        nearest = torch.cat([torch.cdist(some, self.kinds).argmin(1) for some in x.split(4096)])
-        self.often.zero_().index_add_(0, nearest, share).add_(1e-6).log_()
+            if distance.max() < 1e-4:  # of a variance of 1
+                break
+            chosen.append(distance.argmax().item())
+        self.kinds.fill_(1e3)  # what is so far away is never told
+        self.kinds[:len(chosen)] = x[chosen]
 
     def parts(self, z):
         """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
@@ -252,9 +239,8 @@ class LatentDynamics(nn.Module):
 
     def assign(self, x):
         """Slow features (..., features) -> log-odds of the kinds of patches (..., kinds): minus
-        twice the squared distance, and how often each kind occurs."""
-        scores = 4 * x @ self.kinds.T - 2 * self.kinds.square().sum(1) + self.often
-        return scores.log_softmax(-1)
+        twice the squared distance. How often a kind occurs counts for nothing: a goal is rare."""
+        return (4 * x @ self.kinds.T - 2 * self.kinds.square().sum(1)).log_softmax(-1)
 
     @torch.no_grad()
     def glimpse(self, moving, told):
@@ -268,9 +254,15 @@ class LatentDynamics(nn.Module):
         near = (row @ maps).unflatten(-1, (self.grid[1], -1))           # (..., 3, w, features)
         return (column.unsqueeze(-3) @ near).flatten(-3, -2)
 
+    def report(self, moving, seen):
+        """(..., M), glimpse (..., 9, features) -> (..., report_dim): what moves asks, the places
+        answer. Attention, with a head for each number."""
+        weight = self.query(moving).unflatten(-1, (9, -1)).softmax(-2)  # (..., 9, report_dim)
+        return F.softsign((weight * self.value(seen)).sum(-2))
+
     def step(self, moving, seen, action):
         """(..., M), glimpse (..., 9, features), (...) -> next moving part (..., M), of size 1."""
-        x = [moving, F.softsign(self.report(moving, seen)), self.action_embedding(action)]
+        x = [moving, self.report(moving, seen), self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
@@ -319,8 +311,8 @@ class JEPAWorldModel(nn.Module):
 
     def start_from(self, patches, index):
         """See ConvEncoder.start_from."""
-        self.dynamics.choose_kinds(*self.encoder.start_from(patches, index))
-        getattr(self, "target_encoder", self.encoder).load_state_dict(self.encoder.state_dict())
+        self.dynamics.choose_kinds(self.encoder.start_from(patches, index))
+        self.target_encoder.load_state_dict(self.encoder.state_dict())
 
     def encode(self, obs):
         """(B, 3, H, W) float in [0, 1] -> (B, latent_dim), unit norm, by the online encoder."""
@@ -361,37 +353,31 @@ class JEPAWorldModel(nn.Module):
 
 
 class BYOLWorldModel(JEPAWorldModel):
-    """The same network with the tutorial's objective, the plain regression on the target: it
-    collapses, since what is the same for all images is easiest to predict."""
+    """With the tutorial's objective, the plain regression on the target. It collapses, since what
+    is the same for all images is easiest to predict."""
 
     objective = "byol"
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
     """The same encoder and dynamics, trained by decoding pixels instead: `decode` maps latents to
-    images through the mirror image of the encoder's patch convolution. There is no EMA:
-    encode_target is the online encoder."""
+    images through the mirror image of the encoder's patch convolution. There is no EMA: the online
+    encoder is its own target."""
 
     objective = "reconstruction"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        del self.target_encoder
+        self.target_encoder = self.encoder
         a, grid = self.arguments, self.dynamics.grid
         self.to_patches = nn.Linear(self.latent_dim, 2 * a["channels"] * math.prod(grid))
         self.to_pixels = nn.ConvTranspose2d(2 * a["channels"], a["in_channels"], a["patch_size"],
                                             stride=a["patch_size"])
 
-    def encode_target(self, obs):
-        return self.encoder(obs)
-
     def decode(self, z):
         """(B, latent_dim) -> (B, in_channels, H, W), about in [0, 1]."""
         x = self.to_patches(z * math.sqrt(self.latent_dim))
         return self.to_pixels(F.relu(x.unflatten(1, (-1, *self.dynamics.grid)))) + 0.5
-
-    def update_target_encoder(self, momentum=0.99):
-        """Nothing to do: the online encoder is its own target."""
 
 
 MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, ReconstructionWorldModel)}

@@ -19,7 +19,6 @@ from minigrid_dataset import join_tiles
 from tests.conftest import REST, mutated
 from world_model_jepa import (
     MODELS,
-    Attention,
     CheckpointError,
     ConvEncoder,
     JEPAWorldModel,
@@ -150,15 +149,15 @@ def test_where_an_episode_is_over_nothing_changes_any_more():
     assert F.cosine_similarity(after, z)[1:].max() < 0.9
 
 
-def test_each_head_hears_the_place_that_what_moves_asks_for():
-    attention, seen = Attention(moving_dim=2, features=3, heads=2), torch.randn(5, 9, 3)
+def test_each_number_of_the_report_is_of_the_place_that_what_moves_asks_for():
+    dynamics, seen = LatentDynamics(moving_dim=2, features=3, report_dim=2), torch.randn(5, 9, 3)
     with torch.no_grad():
-        attention.query.weight.zero_()
-        attention.query.bias.zero_()
-        query = attention.query.weight.view(9, 2, 2)
+        dynamics.query.weight.zero_()
+        dynamics.query.bias.zero_()
+        query = dynamics.query.weight.view(9, 2, 2)
         query[7, 0, 0], query[2, 1, 1] = 50, 50         # head 0 by dim 0, head 1 by dim 1
-        found = attention(torch.tensor([1.0, 1.0]), seen)
-        values = attention.value(seen)
+        found = dynamics.report(torch.tensor([1.0, 1.0]), seen)
+        values = F.softsign(dynamics.value(seen))
     torch.testing.assert_close(found, torch.stack([values[:, 7, 0], values[:, 2, 1]], 1))
 
 
@@ -377,16 +376,18 @@ def test_a_static_part_that_knows_the_layout_tells_the_places():
 
 def test_places_are_told_by_kinds_that_are_far_apart_however_many_patches_there_are():
     torch.manual_seed(0)
-    dynamics, rare = LatentDynamics(kinds=3), torch.zeros(50_000, 8)
+    dynamics, rare = LatentDynamics(kinds=4), torch.zeros(50_000, 8)
     rare[7, 0], rare[9, 1], began = 2, 3, time.process_time()
-    x = rare + 0.01 * torch.rand(50_000, 8)
-    dynamics.choose_kinds(x, torch.full((50_000,), 1 / 50_000))
+    x = rare + 1e-3 * torch.rand(50_000, 8)
+    dynamics.choose_kinds(x)
     assert time.process_time() - began < 1
-    torch.testing.assert_close(dynamics.kinds[1:], x[[9, 7]])
-    torch.testing.assert_close(dynamics.often.exp(), torch.tensor([1.0, 0, 0]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(dynamics.kinds[:3], x[[0, 9, 7]])    # a fourth would say the same
     told = dynamics.assign(x[[0, 7, 9]])
-    assert told.shape == (3, 3) and told.argmax(1).tolist() == [0, 0, 1]  # 2 is near, and rare
+    assert told.argmax(1).tolist() == [0, 2, 1]
     torch.testing.assert_close(told.exp().sum(1), torch.ones(3))
+    torch.testing.assert_close(told[:, :3].exp() @ dynamics.kinds[:3], x[[0, 7, 9]], atol=0.01,
+                               rtol=0)
+    assert told[:, 3].exp().max() == 0
 
 
 # ---------------------------------------------------------------------------------------- measures

@@ -132,7 +132,7 @@ class ConvEncoder(nn.Module):
         filters. The slow features are found, and their average at every place. On the CPU.
 
         patches (P, C, p, p) uint8, the distinct ones, index (B, T+1, h, w) into them: see
-        WindowBatches. -> their slow features (P, features)."""
+        WindowBatches. -> their slow features (P, features), and how often each occurs (P,)."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
@@ -149,7 +149,7 @@ class ConvEncoder(nn.Module):
         x = x @ self.slow
         shown = (F.embedding(some.flatten(1), x) for some in index[:, 0].split(8))
         self.usual.copy_(sum(some.sum(0) for some in shown) / len(index))
-        return x
+        return x, share
 
     def look(self, convolution, patches):
         """(P, C, p, p) -> features (P, channels): convolution, layer norm, ReLU."""
@@ -208,6 +208,7 @@ class LatentDynamics(nn.Module):
         self.query = nn.Linear(moving_dim, 9 * report_dim)
         self.value = nn.Linear(features, report_dim)
         self.register_buffer("kinds", torch.zeros(kinds, features))     # see choose_kinds
+        self.register_buffer("often", torch.zeros(kinds))
         self.ending = nn.Linear(features, 1)
         nn.init.constant_(self.ending.bias, -5)         # rare (as Lin et al. 2017)
         self.mlp = nn.Sequential(
@@ -217,9 +218,10 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
 
-    def choose_kinds(self, x):
+    def choose_kinds(self, x, share):
         """Of slow features (P, features), points that are far apart from each other, by farthest-
-        first traversal (Gonzalez 1985): at most as many kinds of patches as there is room for."""
+        first traversal (Gonzalez 1985): at most as many kinds of patches as there is room for. And,
+        from the patches' share (P,), the log of how often each kind occurs."""
         chosen, distance = [0], torch.full((len(x),), math.inf)
         while len(chosen) < len(self.kinds):
             distance = distance.minimum((x - x[chosen[-1]]).square().sum(1))
@@ -228,6 +230,8 @@ class LatentDynamics(nn.Module):
             chosen.append(distance.argmax().item())
         self.kinds.fill_(1e3)  # what is so far away is never told
         self.kinds[:len(chosen)] = x[chosen]
+        nearest = torch.cat([torch.cdist(some, self.kinds).argmin(1) for some in x.split(4096)])
+        self.often.zero_().index_add_(0, nearest, share).add_(1e-6).log_()
 
     def parts(self, z):
         """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
@@ -239,15 +243,18 @@ class LatentDynamics(nn.Module):
 
     def assign(self, x):
         """Slow features (..., features) -> log-odds of the kinds of patches (..., kinds): minus
-        twice the squared distance. How often a kind occurs counts for nothing: a goal is rare."""
-        return (4 * x @ self.kinds.T - 2 * self.kinds.square().sum(1)).log_softmax(-1)
+        twice the squared distance, and how often each kind occurs."""
+        scores = 4 * x @ self.kinds.T - 2 * self.kinds.square().sum(1) + self.often
+        return scores.log_softmax(-1)
 
     @torch.no_grad()
     def glimpse(self, moving, told):
         """(..., M), what `tell` says -> (..., 9, features): the 3 x 3 places around what moves.
 
-        No gradient: what the map shows is for `places` to decide, where to look for `pointing`."""
-        maps = (told.exp() @ self.kinds).unflatten(-2, self.grid).flatten(-2)   # (..., h, w * f)
+        No gradient: what the map shows is for `places` to decide, where to look for `pointing`.
+        Here a kind is as likely as any other: what is told of a goal, which is rare, is exact."""
+        maps = (told - self.often).softmax(-1) @ self.kinds             # (..., h * w, features)
+        maps = maps.unflatten(-2, self.grid).flatten(-2)                # (..., h, w * features)
         # The pointers moved by one row, not moved, and moved back, and so for columns: (..., 3, h).
         row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
                        for x in (self.to_row(moving), self.to_column(moving)))
@@ -311,7 +318,7 @@ class JEPAWorldModel(nn.Module):
 
     def start_from(self, patches, index):
         """See ConvEncoder.start_from."""
-        self.dynamics.choose_kinds(self.encoder.start_from(patches, index))
+        self.dynamics.choose_kinds(*self.encoder.start_from(patches, index))
         self.target_encoder.load_state_dict(self.encoder.state_dict())
 
     def encode(self, obs):

@@ -132,7 +132,7 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
         dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
         dynamics.kinds.normal_()
         told = dynamics.tell(torch.randn(2, 1, 80))
-        maps, seen = told.exp() @ dynamics.kinds, dynamics.glimpse(torch.randn(2, 3, 48), told)
+        maps, seen = told.softmax(-1) @ dynamics.kinds, dynamics.glimpse(torch.randn(2, 3, 48), told)
     around = F.pad(maps.view(2, 8, 8, -1), (0, 0, 1, 1, 1, 1))      # 0 past the border
     around = around[:, row:row + 3, column:column + 3].flatten(1, 2)
     # In whatever order, the same nine places.
@@ -379,10 +379,12 @@ def test_places_are_told_by_kinds_that_are_far_apart_however_many_patches_there_
     dynamics, rare = LatentDynamics(kinds=4), torch.zeros(50_000, 8)
     rare[7, 0], rare[9, 1], began = 2, 3, time.process_time()
     x = rare + 1e-3 * torch.rand(50_000, 8)
-    dynamics.choose_kinds(x)
+    dynamics.choose_kinds(x, torch.full((50_000,), 1 / 50_000))
     assert time.process_time() - began < 1
     torch.testing.assert_close(dynamics.kinds[:3], x[[0, 9, 7]])    # a fourth would say the same
-    told = dynamics.assign(x[[0, 7, 9]])
+    assert dynamics.often.exp()[0] > 0.99 and dynamics.often.exp()[1:].max() < 1e-4
+    assert dynamics.assign(x[[0, 7, 9]]).argmax(1).tolist() == [0, 0, 1]    # 2 is near, and rare
+    told = (dynamics.assign(x[[0, 7, 9]]) - dynamics.often).log_softmax(1)  # as glimpse takes it
     assert told.argmax(1).tolist() == [0, 2, 1]
     torch.testing.assert_close(told.exp().sum(1), torch.ones(3))
     torch.testing.assert_close(told[:, :3].exp() @ dynamics.kinds[:3], x[[0, 7, 9]], atol=0.01,

@@ -60,7 +60,7 @@ TILE_SIZE = 4                     # pixels per grid cell: FourRooms is 19 x 19 c
 SEED = 0                          # episode e is decided by (SEED, e) alone
 NUM_WORKERS = 2                   # threads that compress; the file does not depend on it
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
-# Forward most: one step in 300 enters a gap in a wall of FourRooms, of uniform odds one in 1,000.
+# Forward most: even so, only one step in 300 enters a gap in a wall of FourRooms.
 ACTION_WEIGHTS = (0.15, 0.15, 0.5, 0.06, 0.03, 0.09, 0.02)
 WARM_UP_STEPS = 80                # where every episode starts in the same place, ten steps do not
                                   # lead far: there, 0 to so many random steps go unrecorded first

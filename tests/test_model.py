@@ -132,7 +132,8 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
         dynamics.to_row.bias[row] = dynamics.to_column.bias[column] = 50.0
         dynamics.kinds.normal_()
         told = dynamics.tell(torch.randn(2, 1, 80))
-        maps, seen = told.softmax(-1) @ dynamics.kinds, dynamics.glimpse(torch.randn(2, 3, 48), told)
+        maps = told.softmax(-1) @ dynamics.kinds
+        seen = dynamics.glimpse(torch.randn(2, 3, 48), told)
     around = F.pad(maps.view(2, 8, 8, -1), (0, 0, 1, 1, 1, 1))      # 0 past the border
     around = around[:, row:row + 3, column:column + 3].flatten(1, 2)
     # In whatever order, the same nine places.

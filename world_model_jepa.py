@@ -299,12 +299,9 @@ class JEPAWorldModel(nn.Module):
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
                  patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512):
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.arguments = {
-            "in_channels": in_channels, "latent_dim": latent_dim, "num_actions": num_actions,
-            "image_size": tuple(image_size), "patch_size": patch_size, "channels": channels,
-            "features": features, "moving_dim": moving_dim, "hidden_dim": hidden_dim,
-        }
+        self.arguments = {**arguments, "image_size": tuple(image_size)}     # what rebuilds it
         self.latent_dim, self.moving_dim = latent_dim, moving_dim
         self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
                                    features, moving_dim)

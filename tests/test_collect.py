@@ -140,7 +140,7 @@ def test_records_start_everywhere_in_a_world_that_starts_in_one_corner(monkeypat
         monkeypatch.setattr(collect, "WARM_UP_STEPS", steps)
         data = collect.collect_episodes("MiniGrid-Empty-8x8-v0", range(300), 20, 4, seed=0)
         far[steps] = (data["agent_pos"].sum(1) >= 10).mean()  # of (1, 1) to (6, 6)
-    assert far[0] < 0.01 < 0.05 < far[collect.WARM_UP_STEPS]
+    assert far[0] < 0.03 < 0.1 < far[collect.WARM_UP_STEPS]
 
 
 @pytest.mark.parametrize("setting, value", [("highlight", False), ("agent_view_size", 5),
@@ -331,7 +331,7 @@ def test_nobody_elses_file_is_replaced(small, tmp_path, content):
     ("MAX_STEPS_PER_EPISODE", 9, "MAX_STEPS_PER_EPISODE was 8, now 9"),
     ("SEED", 3, "SEED was 0, now 3"), ("WARM_UP_STEPS", 0, "WARM_UP_STEPS was 80, now 0"),
     ("ENV_ID", "X-v0", "ENV_ID was MiniGrid-FourRooms-v0, now X-v0"),
-    ("ACTION_WEIGHTS", (1,) * 7, r"ACTION_WEIGHTS was \[0.2, .*, now \[1.0, "),
+    ("ACTION_WEIGHTS", (1,) * 7, r"ACTION_WEIGHTS was \[0.15, .*, now \[1.0, "),
     ("NUM_WORKERS", 2, None),
 ])
 def test_whether_a_file_fits_the_settings(small, monkeypatch, name, value, says):

@@ -140,7 +140,7 @@ def test_records_start_everywhere_in_a_world_that_starts_in_one_corner(monkeypat
         monkeypatch.setattr(collect, "WARM_UP_STEPS", steps)
         data = collect.collect_episodes("MiniGrid-Empty-8x8-v0", range(300), 20, 4, seed=0)
         far[steps] = (data["agent_pos"].sum(1) >= 10).mean()  # of (1, 1) to (6, 6)
-    assert far[0] < 0.03 < 0.1 < far[collect.WARM_UP_STEPS]
+    assert 0 < 2.5 * far[0] < far[collect.WARM_UP_STEPS]
 
 
 @pytest.mark.parametrize("setting, value", [("highlight", False), ("agent_view_size", 5),

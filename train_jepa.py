@@ -305,15 +305,15 @@ def validate(model, data, episodes):
 def plot_history(path, history):
     """Loss, spread, rank and hit@1 over epochs, as a picture at `path`."""
     figure = Figure(figsize=(15, 3.4), layout="constrained")
-    panels = {"Prediction error (MSE)": ("loss", "val_loss"),
-              "Spread z_std (1 even, 0 collapsed)": ("z_std",),
-              f"Effective rank (of {LATENT_DIM} dims)": ("rank",),
-              "hit@1, one step, moved only": ("hit@1", "copy")}
-    for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
+    panels = {"Prediction error (MSE)": (None, "loss", "val_loss"),
+              "Spread z_std (1 even, 0 collapsed)": (1.1, "z_std"),
+              f"Effective rank (of {LATENT_DIM} dims)": (1.1 * LATENT_DIM, "rank"),
+              "hit@1, one step, moved only": (1.1, "hit@1", "copy")}
+    for axis, (title, (top, *keys)) in zip(figure.subplots(1, 4), panels.items()):
         for key, style in zip(keys, ("o-", "s--")):
             axis.plot(range(1, len(history) + 1), [h[key] for h in history], style, ms=4, label=key)
         axis.set(title=title, xlabel="epoch")
-        axis.set(**{"yscale": "log"} if "loss" in keys else {"ylim": (0, None)})
+        axis.set(**{"ylim": (0, top)} if top else {"yscale": "log"})
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()

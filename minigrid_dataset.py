@@ -318,6 +318,7 @@ class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
     ones of this batch, index (B, T+1, h, w) int64 into them, steps (B, T) int64, the numbers of
     the transitions, actions (B, T) int64, and over (B, T+1) bool: has the episode ended there?
+    (Only at a last frame.)
 
     An epoch has as many windows as `windows_per_episode` says, and what it draws depends on `seed`,
     the epoch and `errors`. Half of a batch is of episodes in random order, one window of each. The

@@ -35,7 +35,7 @@ from world_model_jepa import CheckpointError, build_model, pick_device, read_che
 NUM_TASKS = 200      # in the environment that the checkpoint was trained on
 CONTROL_TASKS = 20   # the first of them, for the slow controls: CEM and the other models
 SEED = 1000          # of the tasks; must differ from the data's, whose layouts were trained on
-MAX_STATES = 5000    # imagined states per search, for memory's sake; FourRooms has about 1,040
+MAX_STATES = 5000    # imagined states after which no search goes deeper; FourRooms has some 1,040
 
 HERE = Path(__file__).resolve().parent
 RULES = {"NUM_TASKS": (int, 1), "CONTROL_TASKS": (int, 1), "SEED": (int, 0), "MAX_STATES": (int, 1)}
@@ -83,8 +83,8 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
     """Breadth-first search over imagined latents: the shortest imagined way to the goal's image.
 
     Every action is imagined from every latent of the frontier, in one batch, and what is one state
-    with an earlier one is dropped: no-ops, blocked moves and detours. A state that ends the episode
-    leads back to itself in the data, so no way leads across it.
+    with an earlier one is dropped: no-ops, blocked moves and detours. What ends an episode leads
+    back to itself in imagination, so no way leads across it.
 
     obs, goal_obs: (3, H, W) float in [0, 1], what the environment shows now and at the goal.
     Returns: Plan, a list of at most `max_actions` action numbers, empty and met where obs shows the

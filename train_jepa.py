@@ -48,7 +48,7 @@ from world_model_jepa import (
 
 # ------------------------------------------------------------------------- Settings: edit and rerun
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 8                 # passes over the data
+EPOCHS = 8                 # of about as many transitions as the data have
 BATCH_SIZE = 64            # windows a batch
 WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
@@ -137,7 +137,7 @@ def new_model(data, episodes):
 
 
 def new_batches(data, episodes):
-    """Windows, in an epoch as many as hold all transitions once."""
+    """Windows, in an epoch at most as many as hold all transitions once."""
     passes = max(1, len(data) // (WINDOW * len(set(data.episode))))
     return WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
 
@@ -263,11 +263,11 @@ def encode_frames(model, data, frames, target=False):
 
 @torch.no_grad()
 def validate(model, data, episodes):
-    """One step ahead on held-out episodes: a dict of loss, cos, z_std, rank, hit@1 and copy hit@1.
+    """One step ahead on held-out episodes: a dict of val_loss, cos, z_std, rank, hit@1 and copy.
 
-    hit@1: among all distinct held-out frames, the target latent nearest to the prediction is that
-    of the true next frame; only transitions in which something moved count. `copy` predicts that
-    nothing changes.
+    hit@1: among the distinct frames of 5,000 held-out transitions, the target latent nearest to the
+    prediction is that of the true next frame; only transitions in which something moved count.
+    `copy` predicts that nothing changes.
 
     Also sets model.same_state, for the planner: half-way between equal (1) and the cosine that the
     moving parts of two different frames of one episode hardly ever exceed (a pair in 10,000).

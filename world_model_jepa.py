@@ -208,7 +208,7 @@ class LatentDynamics(nn.Module):
         self.query = nn.Linear(moving_dim, 9 * report_dim)
         self.value = nn.Linear(features, report_dim)
         self.register_buffer("kinds", torch.zeros(kinds, features))     # see choose_kinds
-        self.register_buffer("often", torch.zeros(kinds))
+        self.register_buffer("log_share", torch.zeros(kinds))
         self.ending = nn.Linear(features, 1)
         nn.init.constant_(self.ending.bias, -5)         # rare (as Lin et al. 2017)
         self.mlp = nn.Sequential(
@@ -219,9 +219,9 @@ class LatentDynamics(nn.Module):
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
 
     def choose_kinds(self, x, share):
-        """Of slow features (P, features), points that are far apart from each other, by farthest-
-        first traversal (Gonzalez 1985): at most as many kinds of patches as there is room for. And,
-        from the patches' share (P,), the log of how often each kind occurs."""
+        """Picks, of patches' slow features (P, features), at most `kinds` that are far apart from
+        each other, by farthest-first traversal (Gonzalez 1985). From the patches' share (P,): the
+        log of the share of what is nearest to each."""
         chosen, distance = [0], torch.full((len(x),), math.inf)
         while len(chosen) < len(self.kinds):
             distance = distance.minimum((x - x[chosen[-1]]).square().sum(1))
@@ -231,20 +231,20 @@ class LatentDynamics(nn.Module):
         self.kinds.fill_(1e3)  # what is so far away is never told
         self.kinds[:len(chosen)] = x[chosen]
         nearest = torch.cat([torch.cdist(some, self.kinds).argmin(1) for some in x.split(4096)])
-        self.often.zero_().index_add_(0, nearest, share).add_(1e-6).log_()
+        self.log_share.zero_().index_add_(0, nearest, share).add_(1e-6).log_()
 
     def parts(self, z):
         """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
         return [x * math.sqrt(2 * x.shape[-1]) for x in z.split(self.split, -1)]
 
     def tell(self, static):
-        """(..., S) -> log-odds (..., h * w, kinds): which kind of patch stands where?"""
+        """(..., S) -> log-probabilities (..., h * w, kinds): which kind of patch stands where?"""
         return self.assign(self.to_map(static).unflatten(-1, (math.prod(self.grid), -1)))
 
     def assign(self, x):
-        """Slow features (..., features) -> log-odds of the kinds of patches (..., kinds): minus
-        twice the squared distance, and how often each kind occurs."""
-        scores = 4 * x @ self.kinds.T - 2 * self.kinds.square().sum(1) + self.often
+        """Slow features (..., features) -> log-probabilities of the kinds of patches (..., kinds),
+        by minus twice the squared distance and the log of each kind's share."""
+        scores = 4 * x @ self.kinds.T - 2 * self.kinds.square().sum(1) + self.log_share
         return scores.log_softmax(-1)
 
     @torch.no_grad()
@@ -252,8 +252,8 @@ class LatentDynamics(nn.Module):
         """(..., M), what `tell` says -> (..., 9, features): the 3 x 3 places around what moves.
 
         No gradient: what the map shows is for `places` to decide, where to look for `pointing`.
-        Here a kind is as likely as any other: what is told of a goal, which is rare, is exact."""
-        maps = (told - self.often).softmax(-1) @ self.kinds             # (..., h * w, features)
+        The share of the kinds is taken out, or rare ones, as goals, would be missed."""
+        maps = (told - self.log_share).softmax(-1) @ self.kinds             # (..., h * w, features)
         maps = maps.unflatten(-2, self.grid).flatten(-2)                # (..., h, w * features)
         # The pointers moved by one row, not moved, and moved back, and so for columns: (..., 3, h).
         row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
@@ -262,13 +262,13 @@ class LatentDynamics(nn.Module):
         return (column.unsqueeze(-3) @ near).flatten(-3, -2)
 
     def report(self, moving, seen):
-        """(..., M), glimpse (..., 9, features) -> (..., report_dim): what moves asks, the places
-        answer. Attention, with a head for each number."""
+        """(..., M), glimpse (..., 9, features) -> (..., report_dim). Attention with a head for each
+        number, whose weights depend on what moves alone: as a rule, on where the agent faces."""
         weight = self.query(moving).unflatten(-1, (9, -1)).softmax(-2)  # (..., 9, report_dim)
         return F.softsign((weight * self.value(seen)).sum(-2))
 
     def step(self, moving, seen, action):
-        """(..., M), glimpse (..., 9, features), (...) -> next moving part (..., M), of size 1."""
+        """(..., M), glimpse (..., 9, features), (...) -> next moving part (..., M), unit norm."""
         x = [moving, self.report(moving, seen), self.action_embedding(action)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
         logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
@@ -447,14 +447,15 @@ def compute_losses(model, batch):
             "prediction": weigh_by_error(error),
             "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
             "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
-    moving = moving.detach()  # the latents are not touched by what the dynamics learn beside it
+    moving = moving.detach()  # pointing and ending do not train the encoder
     return {**terms, "places": places(model, told, patches, index),
             "pointing": pointing(model, moving, profiles),
             "ending": ending(model, moving, told, batch["over"])}, error.detach()
 
 
 def add_noise(moving, most=0.6):
-    """Moving parts of up to `most` of noise, so that imagination learns to mend its own errors."""
+    """Gaussian noise of a scale drawn from 0 to `most`, so that imagination learns to mend its own
+    errors."""
     noise = most * torch.rand_like(moving[..., :1]) * torch.randn_like(moving)
     return F.normalize(moving + noise, dim=-1) * math.sqrt(moving.shape[-1])
 
@@ -488,8 +489,8 @@ def places(model, told, patches, index):
     told, not pixels. Both what is told and what is true are soft assignments to prototypes (as in
     SwAV: Caron et al. 2020).
 
-    told (B, 1, h * w, kinds), index (B, T+1, h, w) -> mean of log(1 + KL divergence, summed over
-    places).
+    told (B, 1, h * w, kinds): what `tell` says, index (B, T+1, h, w) -> mean of log(1 + KL
+    divergence, summed over places).
     """
     true = model.dynamics.assign(model.encoder.look_slowly(patches))    # (P, kinds)
     true = F.embedding(index[:, -1].flatten(1), true)

@@ -383,9 +383,9 @@ def test_places_are_told_by_kinds_that_are_far_apart_however_many_patches_there_
     dynamics.choose_kinds(x, torch.full((50_000,), 1 / 50_000))
     assert time.process_time() - began < 1
     torch.testing.assert_close(dynamics.kinds[:3], x[[0, 9, 7]])    # a fourth would say the same
-    assert dynamics.often.exp()[0] > 0.99 and dynamics.often.exp()[1:].max() < 1e-4
+    assert dynamics.log_share.exp()[0] > 0.99 and dynamics.log_share.exp()[1:].max() < 1e-4
     assert dynamics.assign(x[[0, 7, 9]]).argmax(1).tolist() == [0, 0, 1]    # 2 is near, and rare
-    told = (dynamics.assign(x[[0, 7, 9]]) - dynamics.often).log_softmax(1)  # as glimpse takes it
+    told = (dynamics.assign(x[[0, 7, 9]]) - dynamics.log_share).log_softmax(1)  # as in glimpse
     assert told.argmax(1).tolist() == [0, 2, 1]
     torch.testing.assert_close(told.exp().sum(1), torch.ones(3))
     torch.testing.assert_close(told[:, :3].exp() @ dynamics.kinds[:3], x[[0, 7, 9]], atol=0.01,

@@ -62,8 +62,9 @@ NUM_WORKERS = 2                   # threads that compress; the file does not dep
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Forward most: even so, only one step in 300 enters a gap in a wall of FourRooms.
 ACTION_WEIGHTS = (0.15, 0.15, 0.5, 0.06, 0.03, 0.09, 0.02)
-WARM_UP_STEPS = 80                # where every episode starts in the same place, ten steps do not
-                                  # lead far: there, 0 to so many random steps go unrecorded first
+WARM_UP_STEPS = 400               # where every episode starts in the same place, or there are keys,
+                                  # doors and so on, ten steps do not lead far: there, 0 to so many
+                                  # random steps go unrecorded first
 DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz
 # -------------------------------------------------------------------------------------------------
 
@@ -223,17 +224,20 @@ class Recorder:
 
 def step_episodes(env, episodes, max_steps: int, seed: int):
     """Run the random policy. Returns (recorder, rows of TRANSITION, the states that the episodes'
-    records begin with). Where episodes start in one place, that is after WARM_UP_STEPS at most, and
-    not so many that the environment would cut the record short."""
+    records begin with). Where episodes start in one place, or there are things to move or open,
+    that is after WARM_UP_STEPS at most, and not so many that the environment would cut the record
+    short."""
     recorder, rows, first, world, odds = Recorder(), [], [], env.unwrapped, action_odds(env)
-    starts = set()
+    starts, things = set(), set()
     for number in range(4 * bool(WARM_UP_STEPS)):
         env.reset(seed=number)
         starts.add((*world.agent_pos, world.agent_dir))
-    longest = max(0, min(WARM_UP_STEPS, world.max_steps - max_steps)) if len(starts) == 1 else 0
+        things.update(map(type, world.grid.grid))
+    far = len(starts) == 1 or things - {type(None), Wall, Goal}
     for episode in episodes:
         rng, warm_rng = (np.random.default_rng((seed, episode, *more)) for more in ((), (1,)))
         image, _ = env.reset(seed=env_seed(seed, episode))
+        longest = max(0, min(WARM_UP_STEPS, world.max_steps - max_steps)) if far else 0
         for action in warm_rng.choice(len(odds), warm_rng.integers(longest + 1), p=odds).tolist():
             image, _, *over, _ = env.step(action)
             if any(over):

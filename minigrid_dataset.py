@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 COLLECT = "run python3 collect_minigrid_data.py"
@@ -355,13 +356,14 @@ class WindowBatches:
         data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])
         order = np.concatenate([rng.permutation(len(self.first)) for _ in range(self.passes)])
         visits = self.first[order] + rng.integers(self.count[order])    # numbers of starts
-        steps = torch.from_numpy(self.starts[:, None] + np.arange(self.window))     # (S, T)
         ended = data.dones.new_zeros(len(data)) if data.terminated is None else data.terminated
         for b in range(len(self)):
             visited = visits[b * self.batch_size :][: self.batch_size]
-            odds = self.errors[steps].amax(1).double().cumsum(0).numpy()
+            largest = F.max_pool1d(self.errors[None], self.window, stride=1)[0].numpy()
+            odds = largest[self.starts].cumsum(dtype=np.float64)
             drawn = np.searchsorted(odds, rng.random(len(visited) // 2) * odds[-1])
-            t = steps[np.concatenate([visited[len(drawn) :], drawn])].to(data.actions.device)
+            t = self.starts[np.concatenate([visited[len(drawn) :], drawn]), None]
+            t = torch.from_numpy(t + np.arange(self.window)).to(data.actions.device)
             frames = torch.cat([data.obs_index[t], data.next_obs_index[t[:, -1:]]], 1)
             tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
             over = torch.zeros_like(frames, dtype=torch.bool)

@@ -47,21 +47,6 @@ def cut(obs, patch_size):
     return patches.reshape(-1, C, patch_size, patch_size), index
 
 
-def maxima(features, lines):
-    """Features of patches (P, C), lines (B, n, length) of patches -> (B, n, C): each line's maxima.
-
-    Few lines of a batch differ, so each kind of line is looked at once. Lines are told apart by the
-    sums of random numbers of 62 bits, one for each patch: for a maximum their order is nothing.
-    """
-    generator = torch.Generator().manual_seed(0)
-    number = torch.randint(2**62, (len(features),), generator=generator).to(lines.device)
-    kinds, kind = number[lines].sum(-1).unique(return_inverse=True)     # (K,), (B, n)
-    every = torch.arange(kind.numel(), device=lines.device)
-    example = torch.empty_like(kinds).scatter_(0, kind.flatten(), every)
-    lines = lines.flatten(0, 1)[example]                                # (K, length)
-    return F.embedding(kind, F.embedding(lines, features).max(1).values)
-
-
 def slow_features(x, share, index, number, limit=0.1):
     """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches stays the
     same within episodes? Walls and goals do; light, agents and doors that open do not.
@@ -95,8 +80,8 @@ class ConvEncoder(nn.Module):
     Convolutions whose stride is their kernel look at each `patch_size` x `patch_size` patch by
     itself. Two readouts then fill the two parts of the latent:
 
-    - the moving part (first `moving_dim` dims) reads each channel's maximum over every row, over
-      every column and over the image: one step of the agent is the same small change everywhere.
+    - the moving part (first `moving_dim` dims) reads each channel's maximum over every row and over
+      every column: one step of the agent is the same small change everywhere.
     - the static part is a linear map of `features` numbers at every place, so that it can keep each
       wall and gap of a layout. They are the slow features of a convolution that stays as it began
       (as the patch projection of MoCo v3: Chen et al. 2021): of what comes and goes, as the agent
@@ -121,7 +106,7 @@ class ConvEncoder(nn.Module):
         self.register_buffer("average", torch.zeros(filters))        # over the data's patches
         self.register_buffer("slow", torch.eye(filters, features))   # see slow_features
         self.register_buffer("usual", torch.zeros(h * w, features))  # slow features, average frame
-        self.moving = nn.Linear(channels * (h + w + 1), moving_dim)
+        self.moving = nn.Linear(channels * (h + w), moving_dim)
         self.static = nn.Linear(features * h * w, latent_dim - moving_dim)
 
     @torch.no_grad()
@@ -171,11 +156,12 @@ class ConvEncoder(nn.Module):
         looked at once.
         """
         x = self.look(self.convolution, patches)                        # (P, channels)
-        profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)
-        image = profiles.amax(1, keepdim=True)
-        moving = self.moving(torch.cat([profiles, image], 1).flatten(1))
-        shown = F.embedding(index.flatten(1), self.look_slowly(patches)) - self.usual
-        return join(moving, self.static(shown.flatten(1))), profiles
+        profiles = torch.cat([
+            F.embedding_bag(lines.flatten(0, 1), x, mode="max").unflatten(0, lines.shape[:2])
+            for lines in (index, index.mT)], 1)
+        moving = self.moving(profiles.flatten(1))
+        shown = F.embedding(index.flatten(1), self.look_slowly(patches)).flatten(1)
+        return join(moving, self.static(shown) - self.static.weight @ self.usual.flatten()), profiles
 
 
 # --------------------------------------------------- 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
@@ -221,45 +207,46 @@ class LatentDynamics(nn.Module):
     def choose_kinds(self, x, share):
         """Picks, of patches' slow features (P, features), at most `kinds` that are far apart from
         each other, by farthest-first traversal (Gonzalez 1985). From the patches' share (P,): the
-        log of the share of what is nearest to each."""
-        chosen, distance = [0], torch.full((len(x),), math.inf)
-        while len(chosen) < len(self.kinds):
-            distance = distance.minimum((x - x[chosen[-1]]).square().sum(1))
-            if distance.max() < 1e-4:  # of a variance of 1
-                break
+        log of the share of what is nearest to each. Returns how many were picked."""
+        chosen, distance = [0], (x - x[0]).square().sum(1)
+        while len(chosen) < len(self.kinds) and distance.max() > 1e-4:  # of a variance of 1
             chosen.append(distance.argmax().item())
-        self.kinds.fill_(1e3)  # what is so far away is never told
-        self.kinds[:len(chosen)] = x[chosen]
+            distance = distance.minimum((x - x[chosen[-1]]).square().sum(1))
+        self.kinds = x[chosen]
         nearest = torch.cat([torch.cdist(some, self.kinds).argmin(1) for some in x.split(4096)])
-        self.log_share.zero_().index_add_(0, nearest, share).add_(1e-6).log_()
+        self.log_share = torch.zeros(len(chosen)).index_add_(0, nearest, share).add_(1e-6).log_()
+        return len(chosen)
 
     def parts(self, z):
         """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
         return [x * math.sqrt(2 * x.shape[-1]) for x in z.split(self.split, -1)]
 
     def tell(self, static):
-        """(..., S) -> log-probabilities (..., h * w, kinds): which kind of patch stands where?"""
-        return self.assign(self.to_map(static).unflatten(-1, (math.prod(self.grid), -1)))
+        """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where?"""
+        return self.assign(self.to_map(static).unflatten(-1, (-1, math.prod(self.grid))))
 
     def assign(self, x):
-        """Slow features (..., features) -> log-probabilities of the kinds of patches (..., kinds),
-        by minus twice the squared distance and the log of each kind's share."""
-        scores = 4 * x @ self.kinds.T - 2 * self.kinds.square().sum(1) + self.log_share
-        return scores.log_softmax(-1)
+        """Slow features (..., features, N) -> log-probabilities of the kinds of patches (..., kinds,
+        N), by minus twice the squared distance and the log of each kind's share."""
+        own = self.log_share - 2 * self.kinds.square().sum(1)
+        return (4 * self.kinds @ x + own[:, None]).log_softmax(-2)
 
     @torch.no_grad()
-    def glimpse(self, moving, told):
-        """(..., M), what `tell` says -> (..., 9, features): the 3 x 3 places around what moves.
+    def draw_map(self, told):
+        """What `tell` says -> map (..., features, h, w), without gradient: `places` alone decides
+        what it shows. Half of the kinds' share is taken out, or rare ones, as goals, are missed."""
+        chosen = (told - 0.5 * self.log_share[:, None]).softmax(-2)
+        return (self.kinds.T @ chosen).unflatten(-1, self.grid)
 
-        No gradient: what the map shows is for `places` to decide, where to look for `pointing`.
-        The share of the kinds is taken out, or rare ones, as goals, would be missed."""
-        maps = (told - self.log_share).softmax(-1) @ self.kinds             # (..., h * w, features)
-        maps = maps.unflatten(-2, self.grid).flatten(-2)                # (..., h, w * features)
+    @torch.no_grad()
+    def glimpse(self, moving, maps):
+        """(..., M), map (..., features, h, w) -> (..., 9, features): the 3 x 3 places around what
+        moves. No gradient: `pointing` alone decides where to look."""
         # The pointers moved by one row, not moved, and moved back, and so for columns: (..., 3, h).
         row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
                        for x in (self.to_row(moving), self.to_column(moving)))
-        near = (row @ maps).unflatten(-1, (self.grid[1], -1))           # (..., 3, w, features)
-        return (column.unsqueeze(-3) @ near).flatten(-3, -2)
+        near = torch.einsum("...nh,...fhw->...nwf", row, maps)          # (..., 3, w, features)
+        return torch.einsum("...mw,...nwf->...nmf", column, near).flatten(-3, -2)
 
     def report(self, moving, seen):
         """(..., M), glimpse (..., 9, features) -> (..., report_dim). Attention with a head for each
@@ -277,7 +264,7 @@ class LatentDynamics(nn.Module):
 
     def forward(self, z, action):
         moving, static = self.parts(z)
-        seen = self.glimpse(moving, self.tell(static))
+        seen = self.glimpse(moving, self.draw_map(self.tell(static)))
         over = self.ending(seen[..., 4, :]) > 0                         # (..., 1)
         return join(torch.where(over, moving, self.step(moving, seen, action)), static)
 
@@ -298,7 +285,7 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512):
+                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512, kinds=32):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.arguments = {**arguments, "image_size": tuple(image_size)}     # what rebuilds it
@@ -307,15 +294,16 @@ class JEPAWorldModel(nn.Module):
                                    features, moving_dim)
         grid = tuple(side // patch_size for side in image_size)
         self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim, moving_dim, grid,
-                                       features)
+                                       features, kinds)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         # Two latents are one state if the cosine of their moving parts is above this: see validate
         # in train_jepa.py.
         self.register_buffer("same_state", torch.tensor(0.95))
 
     def start_from(self, patches, index):
-        """See ConvEncoder.start_from."""
-        self.dynamics.choose_kinds(*self.encoder.start_from(patches, index))
+        """See ConvEncoder.start_from. The kinds of patches become as many as are found."""
+        self.arguments["kinds"] = self.dynamics.choose_kinds(
+            *self.encoder.start_from(patches, index))
         self.target_encoder.load_state_dict(self.encoder.state_dict())
 
     def encode(self, obs):
@@ -425,8 +413,9 @@ def compute_losses(model, batch):
                    for x in encode_shared(model.encoder, patches, index.flatten(0, 1)))
     moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
     first, noisy = static[:, :1], add_noise(moving[:, :-1])
-    told = model.dynamics.tell(first)                       # (B, 1, h * w, kinds)
-    seen = model.dynamics.glimpse(noisy, told)              # (B, T, 9, features)
+    told = model.dynamics.tell(first)                       # (B, 1, kinds, h * w)
+    maps = model.dynamics.draw_map(told)                    # (B, 1, features, h, w)
+    seen = model.dynamics.glimpse(noisy, maps)              # (B, T, 9, features)
     predicted = join(model.dynamics.step(noisy, seen, actions), first)
     if model.objective == "reconstruction":
         told = model.dynamics.tell(first.detach())          # its latents are for pixels alone
@@ -450,7 +439,7 @@ def compute_losses(model, batch):
     moving = moving.detach()  # pointing and ending do not train the encoder
     return {**terms, "places": places(model, told, patches, index),
             "pointing": pointing(model, moving, profiles),
-            "ending": ending(model, moving, told, batch["over"])}, error.detach()
+            "ending": ending(model, moving, maps, batch["over"])}, error.detach()
 
 
 def add_noise(moving, most=0.6):
@@ -489,12 +478,14 @@ def places(model, told, patches, index):
     told, not pixels. Both what is told and what is true are soft assignments to prototypes (as in
     SwAV: Caron et al. 2020).
 
-    told (B, 1, h * w, kinds): what `tell` says, index (B, T+1, h, w) -> mean of log(1 + KL
+    told (B, 1, kinds, h * w): what `tell` says, index (B, T+1, h, w) -> mean of log(1 + KL
     divergence, summed over places).
     """
-    true = model.dynamics.assign(model.encoder.look_slowly(patches))    # (P, kinds)
-    true = F.embedding(index[:, -1].flatten(1), true)
-    return F.kl_div(told[:, 0], true, reduction="none", log_target=True).sum((1, 2)).log1p().mean()
+    true = model.dynamics.assign(model.encoder.look_slowly(patches).T)  # (kinds, P)
+    share, shown = true.exp(), index[:, -1].flatten(1)                  # (B, h * w)
+    entropy = -(share * true).sum(0)[shown]                             # (B, h * w)
+    divergence = -entropy - (F.embedding(shown, share.T.contiguous()) * told[:, 0].mT).sum(-1)
+    return divergence.sum(1).log1p().mean()
 
 
 def pointing(model, moving, profiles):
@@ -505,7 +496,7 @@ def pointing(model, moving, profiles):
     averaged with weights by error.
     """
     with torch.no_grad():
-        weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))[:, :-1]
+        weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))
         apart = torch.einsum("btnc,dnc->btnd", profiles - profiles.mean((0, 1)), weight)
         row, column = apart.square().sum(-1).split(list(model.dynamics.grid), -1)
     return sum(weigh_by_error(F.cross_entropy(
@@ -514,12 +505,12 @@ def pointing(model, moving, profiles):
                                        (model.dynamics.to_column, column)))
 
 
-def ending(model, moving, told, over):
+def ending(model, moving, maps, over):
     """Teaches the dynamics where an episode is over.
 
-    moving (B, T+1, M), told (B, 1, h * w, kinds), over (B, T+1) bool -> mean cross-entropy,
+    moving (B, T+1, M), maps (B, 1, features, h, w), over (B, T+1) bool -> mean cross-entropy,
     weighted by error."""
-    here = model.dynamics.glimpse(moving, told)[..., 4, :]              # (B, T+1, features)
+    here = model.dynamics.glimpse(moving, maps)[..., 4, :]              # (B, T+1, features)
     odds = model.dynamics.ending(here).squeeze(-1)
     return weigh_by_error(F.binary_cross_entropy_with_logits(odds, over.float(), reduction="none"))
 

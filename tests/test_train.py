@@ -109,7 +109,7 @@ def effects(contents):
     tiles = data.frame_tiles[data.obs_index].flatten(1).long()
     kinds = torch.stack([F.one_hot(cells[tiles == i], 9).sum(0) for i in range(len(data.tiles))])
     features = model.encoder.look_slowly(to_float(data.tiles))
-    maps = model.dynamics.tell(static_before).exp() @ model.dynamics.kinds
+    maps = model.dynamics.tell(static_before).exp().mT @ model.dynamics.kinds
     shown = torch.cdist(maps.flatten(0, 1), features).argmin(1)
     untrained = train_jepa.validate(start, data, held_out)
     found = {

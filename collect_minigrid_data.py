@@ -44,9 +44,10 @@ from pathlib import Path
 import gymnasium as gym
 import minigrid
 import numpy as np
+from minigrid.core.actions import Actions
 from minigrid.core.constants import DIR_TO_VEC
 from minigrid.core.grid import Grid
-from minigrid.core.world_object import Goal, Wall, WorldObj
+from minigrid.core.world_object import Door, Goal, Wall, WorldObj
 from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
 from tqdm import tqdm
@@ -62,6 +63,8 @@ NUM_WORKERS = 2                   # threads that compress; the file does not dep
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Forward most: even so, only one step in 300 enters a gap in a wall of FourRooms.
 ACTION_WEIGHTS = (0.15, 0.15, 0.5, 0.06, 0.03, 0.09, 0.02)
+INTERACT_ODDS = 0.5               # that what is ahead is picked up or opened, if it can be: purely
+                                  # at random, one step in 1,400 opens or shuts a door of DoorKey
 WARM_UP_STEPS = 400               # where every episode starts in the same place, or there are keys,
                                   # doors and so on, ten steps do not lead far: there, 0 to so many
                                   # random steps go unrecorded first
@@ -72,7 +75,8 @@ ROOT = Path(__file__).resolve().parent
 EDIT = "in collect_minigrid_data.py"
 FORMAT_VERSION = 1
 RULES = {"NUM_EPISODES": (int, 1), "MAX_STEPS_PER_EPISODE": (int, 1), "TILE_SIZE": (int, 1),
-         "SEED": (int, 0), "WARM_UP_STEPS": (int, 0), "NUM_WORKERS": (int, 1)}
+         "SEED": (int, 0), "INTERACT_ODDS": (float, 0, 1), "WARM_UP_STEPS": (int, 0),
+         "NUM_WORKERS": (int, 1)}
 KEYS = ("obs", "next_obs", "actions", "rewards", "dones", "terminated", "truncated", "episode",
         "agent_pos", "agent_dir", "grid", "carrying", "metadata")
 TRANSITION = [("episode", np.int32), ("actions", np.int64), ("rewards", np.float32),
@@ -222,6 +226,24 @@ class Recorder:
         return np.frombuffer(b"".join(self.grids), np.uint8).reshape(-1, *self.view[:2], 3)
 
 
+def draw_actions(rng, odds, length: int):
+    """`length` times: an action, and whether to see to what is ahead instead."""
+    actions = rng.choice(len(odds), length, p=odds).tolist()
+    return zip(actions, rng.random(length) < INTERACT_ODDS * (len(odds) > Actions.toggle))
+
+
+def choose(world: MiniGridEnv, action: int, interacts: bool) -> int:
+    """`action`, or if `interacts`, the one that opens or picks up what is ahead, if it can be."""
+    x, y = world.agent_pos + world.dir_vec
+    if interacts and 0 <= x < world.width and 0 <= y < world.height:
+        thing = world.grid.get(x, y)
+        if isinstance(thing, Door) and not thing.is_open:
+            return int(Actions.toggle)
+        if thing and thing.can_pickup() and not world.carrying:
+            return int(Actions.pickup)
+    return action
+
+
 def step_episodes(env, episodes, max_steps: int, seed: int):
     """Run the random policy. Returns (recorder, rows of TRANSITION, the states that the episodes'
     records begin with). Where episodes start in one place, or there are things to move or open,
@@ -238,14 +260,14 @@ def step_episodes(env, episodes, max_steps: int, seed: int):
         rng, warm_rng = (np.random.default_rng((seed, episode, *more)) for more in ((), (1,)))
         image, _ = env.reset(seed=env_seed(seed, episode))
         longest = max(0, min(WARM_UP_STEPS, world.max_steps - max_steps)) if far else 0
-        for action in warm_rng.choice(len(odds), warm_rng.integers(longest + 1), p=odds).tolist():
-            image, _, *over, _ = env.step(action)
+        for action in draw_actions(warm_rng, odds, warm_rng.integers(longest + 1)):
+            image, _, *over, _ = env.step(choose(world, *action))
             if any(over):
                 image, _ = env.reset(seed=env_seed(seed, episode))
-                break
         state, hand = recorder.look(world, episode, image)
         first.append(state)
-        for step, action in enumerate(rng.choice(len(odds), max_steps, p=odds).tolist(), start=1):
+        for step, action in enumerate(draw_actions(rng, odds, max_steps), start=1):
+            action = choose(world, *action)
             image, reward, terminated, truncated, _ = env.step(action)
             truncated = truncated or (step == max_steps and not terminated)
             before, in_hand = state, hand
@@ -408,7 +430,7 @@ def decided_by(env_id: str, num_episodes: int, max_steps: int, tile_size: int, s
     return {"format_version": FORMAT_VERSION, "env_id": env_id, "num_episodes": num_episodes,
             "max_steps_per_episode": max_steps, "tile_size": tile_size, "seed": seed,
             "policy": {"name": "random", "action_weights": [float(w) for w in ACTION_WEIGHTS],
-                       "warm_up_steps": WARM_UP_STEPS}}
+                       "interact_odds": float(INTERACT_ODDS), "warm_up_steps": WARM_UP_STEPS}}
 
 
 def metadata(*settings) -> np.ndarray:

@@ -68,10 +68,10 @@ def begin(env, steps, seed, episode):
     image, _ = env.reset(seed=collect.env_seed(seed, episode))
     longest = max(0, min(collect.WARM_UP_STEPS, env.unwrapped.max_steps - steps))
     longest = longest if len(starts) == 1 or kinds - {1, 2, 8} else 0  # empty, wall, goal
-    for action in rng.choice(len(odds), rng.integers(longest + 1), p=odds):
-        image, _, terminated, truncated, _ = env.step(action)
+    for action in collect.draw_actions(rng, odds, rng.integers(longest + 1)):
+        image, _, terminated, truncated, _ = env.step(collect.choose(env.unwrapped, *action))
         if terminated or truncated:
-            return env.reset(seed=collect.env_seed(seed, episode))[0]
+            image = env.reset(seed=collect.env_seed(seed, episode))[0]
     return image
 
 
@@ -227,6 +227,17 @@ def test_action_odds_follow_the_weights(monkeypatch):
     np.testing.assert_allclose(counts, [0.25, 0, 0.75], atol=0.1)
 
 
+def test_half_of_the_time_what_is_ahead_is_opened_or_picked_up(monkeypatch):
+    counts = {}
+    for odds in (0, 0.5):
+        monkeypatch.setattr(collect, "INTERACT_ODDS", odds)
+        data = collect.collect_episodes("MiniGrid-DoorKey-8x8-v0", range(100), 10, 1, seed=0)
+        doors = data["grid"][data["grid"][..., 0] == 4]                 # (D, 3)
+        counts[odds] = np.mean(doors[:, 2] == 0), np.mean(data["carrying"][:, 0] == 5)
+    assert counts[0.5][0] > 0.15 > 0.1 > counts[0][0]                   # open
+    assert counts[0.5][1] > 0.6 > 0.4 > counts[0][1]                    # with the key in hand
+
+
 def test_file_holds_the_contract(small):
     path = small(NUM_EPISODES=130, NUM_WORKERS=2)
     data = collect.collect_episodes("MiniGrid-FourRooms-v0", range(130), 8, 4, collect.SEED)
@@ -330,7 +341,8 @@ def test_nobody_elses_file_is_replaced(small, tmp_path, content):
 @pytest.mark.parametrize("name, value, says", [
     ("NUM_EPISODES", 4, "NUM_EPISODES was 5, now 4"), ("TILE_SIZE", 3, "TILE_SIZE was 4, now 3"),
     ("MAX_STEPS_PER_EPISODE", 9, "MAX_STEPS_PER_EPISODE was 8, now 9"),
-    ("SEED", 3, "SEED was 0, now 3"), ("WARM_UP_STEPS", 0, "WARM_UP_STEPS was 400, now 0"),
+    ("SEED", 3, "SEED was 0, now 3"), ("INTERACT_ODDS", 0, "INTERACT_ODDS was 0.5, now 0"),
+    ("WARM_UP_STEPS", 0, "WARM_UP_STEPS was 400, now 0"),
     ("ENV_ID", "X-v0", "ENV_ID was MiniGrid-FourRooms-v0, now X-v0"),
     ("ACTION_WEIGHTS", (1,) * 7, r"ACTION_WEIGHTS was \[0.15, .*, now \[1.0, "),
     ("NUM_WORKERS", 2, None),
@@ -354,7 +366,9 @@ def test_unwritable_folder(small, tmp_path):
 
 @pytest.mark.parametrize("name, value, says", [
     *[(name, value, f"a whole number, {least} or more, not {value!r}")
-      for name, (_, least) in collect.RULES.items() for value in (least - 1, 2.5, True, "3", None)],
+      for name, (kind, least, *_) in collect.RULES.items() if kind is int
+      for value in (least - 1, 2.5, True, "3", None)],
+    *[("INTERACT_ODDS", value, "a number, from 0 to 1, not") for value in (-0.1, 1.1, "1", None)],
     ("ACTION_WEIGHTS", (1, 2), "for each of 7 actions"), ("ACTION_WEIGHTS", 3, "numbers"),
     ("ACTION_WEIGHTS", (0,) * 7, "one of them above 0"), ("ACTION_WEIGHTS", ("a",) * 7, "numbers"),
     ("ACTION_WEIGHTS", (1, -1, 1, 1, 1, 1, 1), "none of them negative"),

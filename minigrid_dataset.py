@@ -318,8 +318,7 @@ def window_starts(transitions, length, episodes=None):
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
     ones of this batch, index (B, T+1, h, w) int64 into them, steps (B, T) int64, the numbers of
-    the transitions, actions (B, T) int64, and over (B, T+1) bool: has the episode ended there?
-    (Only at a last frame.)
+    the transitions, actions (B, T) int64, and over (B,) bool: did the last one end the episode?
 
     An epoch has as many windows as `windows_per_episode` says, and what it draws depends on `seed`,
     the epoch and `errors`. Half of a batch is of episodes in random order, one window of each. The
@@ -357,6 +356,7 @@ class WindowBatches:
         order = np.concatenate([rng.permutation(len(self.first)) for _ in range(self.passes)])
         visits = self.first[order] + rng.integers(self.count[order])    # numbers of starts
         ended = data.dones.new_zeros(len(data)) if data.terminated is None else data.terminated
+        ended = torch.as_tensor(ended, device=data.actions.device)
         for b in range(len(self)):
             visited = visits[b * self.batch_size :][: self.batch_size]
             largest = F.max_pool1d(self.errors[None], self.window, stride=1)[0].numpy()
@@ -366,10 +366,8 @@ class WindowBatches:
             t = torch.from_numpy(t + np.arange(self.window)).to(data.actions.device)
             frames = torch.cat([data.obs_index[t], data.next_obs_index[t[:, -1:]]], 1)
             tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
-            over = torch.zeros_like(frames, dtype=torch.bool)
-            over[:, -1] = torch.as_tensor(ended)[t[:, -1]]
             yield {"patches": data.tiles[tiles.long()], "index": index, "steps": t,
-                   "actions": data.actions[t], "over": over}
+                   "actions": data.actions[t], "over": ended[t[:, -1]]}
 
 
 def sample_patches(transitions, episodes, seed):

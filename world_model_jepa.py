@@ -6,7 +6,7 @@
     z_next = model.predict_next(z, action)  # the latent one action later, no pixel in between
 
 A latent has two parts of equal norm: the moving part is all that changes within an episode, the
-static part what stays. The objective, in one line:
+static part a map of what stays until it is moved or opened. The objective, in one line:
 
     L = prediction + places + spread + smoothness + pointing + ending
 
@@ -47,14 +47,14 @@ def cut(obs, patch_size):
     return patches.reshape(-1, C, patch_size, patch_size), index
 
 
-def slow_features(x, share, index, number, limit=0.1):
-    """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches stays the
-    same within episodes? Walls and goals do; light, agents and doors that open do not.
+def slow_features(x, share, index, number, limit=0.3):
+    """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches mostly
+    stays the same within episodes? Walls, goals, keys and doors do; light and agents do not.
 
     The change of a direction in feature space is how much it differs between the first and the last
     frame of a window at one place, squared, on average and for unit variance: 0 for what always
     stays, 2 for what comes and goes at random. Each direction is kept by 1 / (1 + (change /
-    limit)^4) of itself.
+    limit)^8) of itself.
 
     x (P, C) centred features of patches, share (P,) how often each occurs, index (B, T+1, h, w)
     into them -> (C, number): x @ it are the first principal components of what is kept, whose
@@ -68,7 +68,7 @@ def slow_features(x, share, index, number, limit=0.1):
         difference = (y[some[:, 0]] - y[some[:, -1]]).flatten(0, -2)
         change = change + difference.T @ difference / index[:, 0].numel()
     change, directions = torch.linalg.eigh(change)
-    kept = white @ directions / (1 + (change / limit) ** 4) @ directions.T @ unwhite
+    kept = white @ directions / (1 + (change / limit) ** 8) @ directions.T @ unwhite
     y = x @ kept
     size, axes = torch.linalg.eigh(y.T * share @ y)
     return kept @ axes[:, -number:] / (size.sum() + 1e-9).sqrt()
@@ -161,17 +161,21 @@ class ConvEncoder(nn.Module):
             for lines in (index, index.mT)], 1)
         moving = self.moving(profiles.flatten(1))
         shown = F.embedding(index.flatten(1), self.look_slowly(patches)).flatten(1)
-        return join(moving, self.static(shown) - self.static.weight @ self.usual.flatten()), profiles
+        return join(moving, self.lay_out(shown)), profiles
+
+    def lay_out(self, shown):
+        """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm."""
+        return self.static(shown) - self.static.weight @ self.usual.flatten()
 
 
 # --------------------------------------------------- 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
 class LatentDynamics(nn.Module):
     """(..., latent_dim), (...) int64 -> (..., latent_dim), unit norm. Leading shapes broadcast.
 
-    The static part passes through unchanged. The moving part becomes a new code: the MLP chooses,
-    softly, one of `classes` in each of `groups`, and the latent is the sum of what a codebook holds
-    for them (categorical latents: Hafner et al. 2021). Small errors of the input hardly change what
-    is chosen, so they die out instead of adding up.
+    The moving part becomes a new code: the MLP chooses, softly, one of `classes` in each of
+    `groups`, and the latent is the sum of what a codebook holds for them (categorical latents:
+    Hafner et al. 2021). Small errors of the input hardly change what is chosen, so they die out
+    instead of adding up.
 
     Whether the agent can step ahead depends on what stands there. A plain MLP would learn that for
     each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics look
@@ -180,6 +184,10 @@ class LatentDynamics(nn.Module):
     that one, asked by what moves, reports `report_dim` numbers to the MLP. "The way ahead is free"
     is then one rule for all places. From what stands at the place itself, `ending` tells whether
     the episode is over (the continue predictor of DreamerV2), after which nothing changes.
+
+    The static part passes through as it is, unless the MLP says that another kind of patch than
+    before stands at one of the nine places: a key that is picked up is gone. Then it is written
+    into the map, and the encoder's own linear map makes a static part of it (`lay_out`).
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
@@ -203,13 +211,18 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.SiLU(),
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
+        self.change = nn.Sequential(
+            nn.Linear(moving_dim + action_dim + 9 * features, hidden_dim // 2), nn.SiLU(),
+            nn.Linear(hidden_dim // 2, 9 * features))
+        nn.init.zeros_(self.change[-1].weight)          # at first, nothing changes
+        nn.init.zeros_(self.change[-1].bias)
 
     def choose_kinds(self, x, share):
         """Picks, of patches' slow features (P, features), at most `kinds` that are far apart from
         each other, by farthest-first traversal (Gonzalez 1985). From the patches' share (P,): the
         log of the share of what is nearest to each. Returns how many were picked."""
         chosen, distance = [0], (x - x[0]).square().sum(1)
-        while len(chosen) < len(self.kinds) and distance.max() > 1e-4:  # of a variance of 1
+        while len(chosen) < len(self.kinds) and distance.max() > 0.01:  # of a variance of 1
             chosen.append(distance.argmax().item())
             distance = distance.minimum((x - x[chosen[-1]]).square().sum(1))
         self.kinds = x[chosen]
@@ -233,20 +246,28 @@ class LatentDynamics(nn.Module):
 
     @torch.no_grad()
     def draw_map(self, told):
-        """What `tell` says -> map (..., features, h, w), without gradient: `places` alone decides
-        what it shows. Half of the kinds' share is taken out, or rare ones, as goals, are missed."""
-        chosen = (told - 0.5 * self.log_share[:, None]).softmax(-2)
-        return (self.kinds.T @ chosen).unflatten(-1, self.grid)
+        """Log-probabilities of kinds (..., kinds, N) -> slow features (..., N, features). Half of
+        the kinds' share is taken out, or rare ones, as goals, are missed. No gradient: `places`
+        alone decides what the map shows."""
+        return (told - 0.5 * self.log_share[:, None]).softmax(-2).mT @ self.kinds
 
     @torch.no_grad()
-    def glimpse(self, moving, maps):
-        """(..., M), map (..., features, h, w) -> (..., 9, features): the 3 x 3 places around what
-        moves. No gradient: `pointing` alone decides where to look."""
-        # The pointers moved by one row, not moved, and moved back, and so for columns: (..., 3, h).
-        row, column = (torch.stack([F.pad(x.softmax(-1), (i, -i)) for i in (1, 0, -1)], -2)
-                       for x in (self.to_row(moving), self.to_column(moving)))
-        near = torch.einsum("...nh,...fhw->...nwf", row, maps)          # (..., 3, w, features)
-        return torch.einsum("...mw,...nwf->...nmf", column, near).flatten(-3, -2)
+    def point(self, moving):
+        """(..., M) -> rows (..., 3, h) and columns (..., 3, w): the place of what moves, between
+        the one before and the one after. Exactly one once the model is trained, and the odds of
+        each while it learns. No gradient: `pointing` alone decides where to look."""
+        place = []
+        for to_place in (self.to_row, self.to_column):
+            x = to_place(moving)
+            x = x.softmax(-1) if self.training else F.one_hot(x.argmax(-1), x.shape[-1]).to(x.dtype)
+            place.append(torch.stack([F.pad(x, (i, -i)) for i in (-1, 0, 1)], -2))
+        return place
+
+    def glimpse(self, place, maps):
+        """What `point` says, map (..., h, w, features) -> the 3 x 3 places (..., 9, features)."""
+        rows, columns = place
+        near = torch.einsum("...nh,...hwf->...nwf", rows, maps)         # (..., 3, w, features)
+        return torch.einsum("...mw,...nwf->...nmf", columns, near).flatten(-3, -2)
 
     def report(self, moving, seen):
         """(..., M), glimpse (..., 9, features) -> (..., report_dim). Attention with a head for each
@@ -255,18 +276,43 @@ class LatentDynamics(nn.Module):
         return F.softsign((weight * self.value(seen)).sum(-2))
 
     def step(self, moving, seen, action):
-        """(..., M), glimpse (..., 9, features), (...) -> next moving part (..., M), unit norm."""
-        x = [moving, self.report(moving, seen), self.action_embedding(action)]
-        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in x))
-        logits = self.mlp(torch.cat([part.expand(*shape, -1) for part in x], -1))
+        """(..., M), glimpse (..., 9, features), (...) -> next moving part (..., M), unit norm, and
+        what then stands at the 3 x 3 places (..., 9, features). No gradient leads from there to the
+        encoder."""
+        action = self.action_embedding(action)
+        shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
+        moving, action, seen = (x.expand(*shape, *x.shape[x.ndim - k:]) for x, k in (
+            (moving, 1), (action, 1), (seen, 2)))
+        logits = self.mlp(torch.cat([moving, self.report(moving, seen), action], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
-        return F.normalize(self.codebook(code), dim=-1)
+        change = self.change(torch.cat([moving.detach(), action.detach(), seen.flatten(-2)], -1))
+        return F.normalize(self.codebook(code), dim=-1), seen + change.unflatten(-1, (9, -1))
 
-    def forward(self, z, action):
+    def nearest_kind(self, x):
+        """(..., features) -> (..., features)"""
+        return self.kinds[(2 * x @ self.kinds.T - self.kinds.square().sum(1)).argmax(-1)]
+
+    def write(self, static, maps, place, seen, after, lay_out):
+        """Static part (..., S), once what stood at `place` as in `seen` is what `step` says."""
+        change = self.nearest_kind(after) - self.nearest_kind(seen)     # (..., 9, features)
+        some = change.any(-1).any(-1)                                   # (...)
+        static = static.expand(*some.shape, -1)
+        if some.any():
+            change, maps, *place = (x.expand(*some.shape, *x.shape[some.ndim:])[some]
+                                    for x in (change, maps, *place))
+            maps = maps + torch.einsum("anh,amw,anmf->ahwf", *place, change.unflatten(1, (3, 3)))
+            static = static.masked_scatter(some[..., None], lay_out(maps.flatten(1)))
+        return static
+
+    def forward(self, z, action, lay_out):
         moving, static = self.parts(z)
-        seen = self.glimpse(moving, self.draw_map(self.tell(static)))
+        maps = self.draw_map(self.tell(static)).unflatten(-2, self.grid)
+        place = self.point(moving)
+        seen = self.glimpse(place, maps)
+        after, around = self.step(moving, seen, action)
+        written = self.write(static, maps, place, seen, around, lay_out)
         over = self.ending(seen[..., 4, :]) > 0                         # (..., 1)
-        return join(torch.where(over, moving, self.step(moving, seen, action)), static)
+        return join(torch.where(over, moving, after), torch.where(over, static, written))
 
 
 # --------------- 3. The JEPA: both, and a slow copy of the encoder that gives the regression target
@@ -317,7 +363,7 @@ class JEPAWorldModel(nn.Module):
 
     def predict_next(self, z, action):
         """(..., latent_dim), (...) int64 -> (..., latent_dim): compare it with encode_target."""
-        return self.dynamics(z, action)
+        return self.dynamics(z, action, self.encoder.lay_out)
 
     def rollout(self, obs, actions):
         """(B, 3, H, W), (B, T) -> (B, T, latent_dim): no frame after the first is seen."""
@@ -403,7 +449,7 @@ def compute_losses(model, batch):
     """A batch of windows -> {term: scalar}, and the prediction errors (B, T) without gradient.
 
     batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, T+1, h, w) that puts
-    the windows' frames together from them; actions (B, T); over (B, T+1): has the episode ended? An
+    the windows' frames together from them; actions (B, T); over (B,): has the episode ended with the last frame? An
     error is the squared distance of two unit-norm latents: 0 to 4, and latent_dim times the mean
     squared error that is logged (of reconstruction, that of pixels is logged).
     """
@@ -412,16 +458,19 @@ def compute_losses(model, batch):
     z, profiles = (x.unflatten(0, (B, T + 1))
                    for x in encode_shared(model.encoder, patches, index.flatten(0, 1)))
     moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
-    first, noisy = static[:, :1], add_noise(moving[:, :-1])
-    told = model.dynamics.tell(first)                       # (B, 1, kinds, h * w)
-    maps = model.dynamics.draw_map(told)                    # (B, 1, features, h, w)
-    seen = model.dynamics.glimpse(noisy, maps)              # (B, T, 9, features)
-    predicted = join(model.dynamics.step(noisy, seen, actions), first)
+    dynamics, noisy = model.dynamics, add_noise(moving[:, :-1])
+    true = dynamics.assign(model.encoder.look_slowly(patches).T)        # (kinds, P)
+    maps = F.embedding(index, dynamics.draw_map(true))                  # (B, T+1, h, w, features)
+    place = dynamics.point(noisy)
+    seen, then = (dynamics.glimpse(place, some) for some in (maps[:, :-1], maps[:, 1:]))
+    after, around = dynamics.step(noisy, seen, actions)
+    predicted = join(after, dynamics.write(
+        static[:, :-1], maps[:, :-1], place, seen, around, model.encoder.lay_out))
     if model.objective == "reconstruction":
-        told = model.dynamics.tell(first.detach())          # its latents are for pixels alone
+        static = static.detach()                            # its latents are for pixels alone
         frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
-        decoded, error = ((model.decode(x.flatten(0, 1)) - true.flatten(0, 1)).square().mean(
-            (1, 2, 3)) for x, true in ((z, frames), (predicted, frames[:, 1:])))
+        decoded, error = ((model.decode(x.flatten(0, 1)) - y.flatten(0, 1)).square().mean(
+            (1, 2, 3)) for x, y in ((z, frames), (predicted, frames[:, 1:])))
         terms = {"prediction": weigh_by_error(decoded) + weigh_by_error(error)}
         error = error.view(B, T) * z.shape[-1]
     else:
@@ -437,9 +486,10 @@ def compute_losses(model, batch):
             "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
             "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
     moving = moving.detach()  # pointing and ending do not train the encoder
-    return {**terms, "places": places(model, told, patches, index),
+    changes = weigh_by_error((around - then).square().sum((-1, -2)))
+    return {**terms, "places": places(dynamics.tell(static[:, 0]), true, index[:, 0]) + changes,
             "pointing": pointing(model, moving, profiles),
-            "ending": ending(model, moving, maps, batch["over"])}, error.detach()
+            "ending": ending(dynamics, moving[:, -1], maps[:, -1], batch["over"])}, error.detach()
 
 
 def add_noise(moving, most=0.6):
@@ -470,21 +520,19 @@ def vicreg(z, variance=1, covariance=0.04):
     return variance * hinge + covariance * (matrix.square().sum() - own.square().sum()) / len(own)
 
 
-def places(model, told, patches, index):
-    """From the static part of a window's first frame alone: which patch stands at each place of its
-    last frame?
+def places(told, true, index):
+    """Teaches the static part which kind of patch stands at each place.
 
     As in CPC (van den Oord et al. 2018) and I-JEPA (Assran et al. 2023), features of places are
     told, not pixels. Both what is told and what is true are soft assignments to prototypes (as in
     SwAV: Caron et al. 2020).
 
-    told (B, 1, kinds, h * w): what `tell` says, index (B, T+1, h, w) -> mean of log(1 + KL
-    divergence, summed over places).
+    told (B, kinds, h * w): what `tell` says, true (kinds, P): log-probabilities of the patches,
+    index (B, h, w) -> mean of log(1 + KL divergence, summed over places).
     """
-    true = model.dynamics.assign(model.encoder.look_slowly(patches).T)  # (kinds, P)
-    share, shown = true.exp(), index[:, -1].flatten(1)                  # (B, h * w)
-    entropy = -(share * true).sum(0)[shown]                             # (B, h * w)
-    divergence = -entropy - (F.embedding(shown, share.T.contiguous()) * told[:, 0].mT).sum(-1)
+    share, index = true.exp(), index.flatten(1)                         # (B, h * w)
+    least = (share * true).sum(0)[index]                                # minus the entropy
+    divergence = least - (F.embedding(index, share.mT.contiguous()) * told.mT).sum(-1)
     return divergence.sum(1).log1p().mean()
 
 
@@ -505,13 +553,13 @@ def pointing(model, moving, profiles):
                                        (model.dynamics.to_column, column)))
 
 
-def ending(model, moving, maps, over):
+def ending(dynamics, moving, maps, over):
     """Teaches the dynamics where an episode is over.
 
-    moving (B, T+1, M), maps (B, 1, features, h, w), over (B, T+1) bool -> mean cross-entropy,
-    weighted by error."""
-    here = model.dynamics.glimpse(moving, maps)[..., 4, :]              # (B, T+1, features)
-    odds = model.dynamics.ending(here).squeeze(-1)
+    moving (B, M), maps (B, h, w, features), over (B,) bool -> mean cross-entropy, weighted by
+    error."""
+    here = dynamics.glimpse(dynamics.point(moving), maps)[:, 4]         # (B, features)
+    odds = dynamics.ending(here)[:, 0]
     return weigh_by_error(F.binary_cross_entropy_with_logits(odds, over.float(), reduction="none"))
 
 

@@ -393,7 +393,7 @@ def known_windows(arrays, batches):
             t = actions[0]
             assert actions == steps == list(range(t, t + T))
             assert len({*arrays["episode"][steps]}) == 1
-            assert over == [False] * T + [arrays["terminated"][steps[-1]]]
+            assert over == arrays["terminated"][steps[-1]]
             assert np.array_equal(pixels[:-1], arrays["obs"][steps])
             assert np.array_equal(pixels[-1], arrays["next_obs"][steps[-1]])
             starts.append(t)

@@ -55,7 +55,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------
 # Settings: edit and rerun
 ENV_ID = "MiniGrid-FourRooms-v0"  # MiniGrid-*, BabyAI-*, or your own: "my_module:MyWorld-v0"
-NUM_EPISODES = 16000              # one layout each: many short episodes beat few long ones
+NUM_EPISODES = 20000              # one layout each: many short episodes beat few long ones
 MAX_STEPS_PER_EPISODE = 10        # our own cap; the environment's is 100 in FourRooms
 TILE_SIZE = 4                     # pixels per grid cell: FourRooms is 19 x 19 cells, 76 x 76 pixels
 SEED = 0                          # episode e is decided by (SEED, e) alone

@@ -47,6 +47,21 @@ def cut(obs, patch_size):
     return patches.reshape(-1, C, patch_size, patch_size), index
 
 
+def maxima(features, lines):
+    """Features of patches (P, C), lines (B, n, length) of patches -> (B, n, C): each line's maxima.
+
+    Few lines of a batch differ, so each kind of line is looked at once. Lines are told apart by the
+    sums of random numbers of 62 bits, one for each patch: for a maximum their order is nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    number = torch.randint(2**62, (len(features),), generator=generator).to(lines.device)
+    kinds, kind = number[lines].sum(-1).unique(return_inverse=True)     # (K,), (B, n)
+    every = torch.arange(kind.numel(), device=lines.device)
+    example = torch.empty_like(kinds).scatter_(0, kind.flatten(), every)
+    lines = lines.flatten(0, 1)[example]                                # (K, length)
+    return F.embedding(kind, F.embedding(lines, features).max(1).values)
+
+
 def slow_features(x, share, index, number, limit=0.3):
     """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches mostly
     stays the same within episodes? Walls, goals, keys and doors do; light and agents do not.
@@ -156,9 +171,7 @@ class ConvEncoder(nn.Module):
         looked at once.
         """
         x = self.look(self.convolution, patches)                        # (P, channels)
-        profiles = torch.cat([
-            F.embedding_bag(lines.flatten(0, 1), x, mode="max").unflatten(0, lines.shape[:2])
-            for lines in (index, index.mT)], 1)
+        profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)
         moving = self.moving(profiles.flatten(1))
         shown = F.embedding(index.flatten(1), self.look_slowly(patches)).flatten(1)
         return join(moving, self.lay_out(shown)), profiles
@@ -239,8 +252,8 @@ class LatentDynamics(nn.Module):
         return self.assign(self.to_map(static).unflatten(-1, (-1, math.prod(self.grid))))
 
     def assign(self, x):
-        """Slow features (..., features, N) -> log-probabilities of the kinds of patches (..., kinds,
-        N), by minus twice the squared distance and the log of each kind's share."""
+        """Slow features (..., features, N) -> log-probabilities of the kinds (..., kinds, N), by
+        minus twice the squared distance and the log of each kind's share."""
         own = self.log_share - 2 * self.kinds.square().sum(1)
         return (4 * self.kinds @ x + own[:, None]).log_softmax(-2)
 
@@ -449,9 +462,9 @@ def compute_losses(model, batch):
     """A batch of windows -> {term: scalar}, and the prediction errors (B, T) without gradient.
 
     batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, T+1, h, w) that puts
-    the windows' frames together from them; actions (B, T); over (B,): has the episode ended with the last frame? An
-    error is the squared distance of two unit-norm latents: 0 to 4, and latent_dim times the mean
-    squared error that is logged (of reconstruction, that of pixels is logged).
+    the windows' frames together from them; actions (B, T); over (B,): did the last one end the
+    episode? An error is the squared distance of two unit-norm latents: 0 to 4, and latent_dim times
+    the mean squared error that is logged (of reconstruction, that of pixels is logged).
     """
     patches, index, actions = batch["patches"] / 255, batch["index"], batch["actions"]
     B, T = actions.shape

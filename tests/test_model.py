@@ -32,6 +32,7 @@ from world_model_jepa import (
     join,
     latent_spread,
     load_checkpoint,
+    maxima,
     pick_device,
     places,
     save_checkpoint,
@@ -71,9 +72,19 @@ def test_deduplicated_patches_give_the_latents_of_pixels(model):
     torch.testing.assert_close(join_tiles(every, places_), pixels, rtol=0, atol=0)
     many = torch.cat([patches, torch.rand(1000, 3, 8, 8)])
     torch.testing.assert_close(model.encoder.from_patches(many, index)[0], model.encode(pixels))
-    x = model.encoder.look(model.encoder.convolution, patches)[index]   # (B, h, w, channels)
-    torch.testing.assert_close(model.encoder.from_patches(patches, index)[1],
-                               torch.cat([x.amax(2), x.amax(1)], 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lines_shape", [(5, 8, 8), (3, 2, 7), (1, 1, 1)])
+def test_maxima_and_their_gradients_are_those_of_plain_max(lines_shape):
+    torch.manual_seed(0)
+    features = torch.rand(9, 4, requires_grad=True)
+    lines = torch.randint(9, lines_shape)
+    found, plain = maxima(features, lines), features[lines].amax(2)
+    torch.testing.assert_close(found, plain, rtol=0, atol=0)
+    weight = torch.rand_like(plain)
+    gradients = [torch.autograd.grad((x * weight).sum(), features)[0] for x in (found, plain)
+                 if len(features[lines].unique()) > 1]
+    assert len(gradients) < 2 or (gradients[0] - gradients[1]).abs().max() < 1e-5
 
 
 def test_latents_have_unit_norm_and_two_parts_of_equal_norm(model):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 8
+CHECKPOINT_FORMAT = 9
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere

@@ -486,7 +486,8 @@ def bench_scale(folder):
 
 
 def main():
-    collect_minigrid_data.WARM_UP_STEPS = 0  # in this process: the plain loop has none
+    # In this process: the plain loop has neither.
+    collect_minigrid_data.WARM_UP_STEPS = collect_minigrid_data.INTERACT_ODDS = 0
     print(f"{'stage':49} {'plain':>10} {'ours':>10} {'':14} {'ratio':>8}  (range)")
     weights = collect_minigrid_data.ACTION_WEIGHTS
     collect_minigrid_data.ACTION_WEIGHTS = (1,) * 7  # the tutorial's uniform actions

@@ -323,6 +323,11 @@ class LatentDynamics(nn.Module):
         place = self.point(moving)
         seen = self.glimpse(place, maps)
         after, around = self.step(moving, seen, action)
+        # What moves hides what it stands on: nothing is written there.
+        rows, columns = ((here * there[..., 1:2, :]).sum(-1) for here, there in zip(
+            place, self.point(after * math.sqrt(moving.shape[-1]))))    # (..., 3) each
+        hidden = (rows[..., :, None] * columns[..., None, :]).flatten(-2)       # (..., 9)
+        around = torch.where(hidden[..., None] > 0.5, seen, around)
         written = self.write(static, maps, place, seen, around, lay_out)
         over = self.ending(seen[..., 4, :]) > 0                         # (..., 1)
         return join(torch.where(over, moving, after), torch.where(over, static, written))

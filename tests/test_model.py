@@ -177,6 +177,31 @@ def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
     torch.testing.assert_close(written, expected)
 
 
+def test_nothing_is_written_where_what_moves_will_stand():
+    """It hides what it stands on: a goal that the agent enters stays on the map."""
+    torch.manual_seed(0)
+    model, kinds, kind = JEPAWorldModel().eval(), torch.eye(8)[:3], torch.randint(3, (1, 64))
+    dynamics, dynamics.kinds, dynamics.log_share = model.dynamics, kinds, torch.zeros(3)
+    dynamics.tell = lambda static: (99 * F.one_hot(kind, 3).float()).log_softmax(-1).mT
+    with torch.no_grad():
+        for layer, place in ((dynamics.to_row, 5), (dynamics.to_column, 3)):
+            layer.weight.zero_()
+            layer.bias.copy_(torch.arange(8) == place)
+    other = lambda n: kinds[(kind[0, n] + 1) % 3]  # noqa: E731
+    after = F.normalize(torch.randn(1, 48), dim=-1)
+
+    def step(moving, seen, action):
+        around = seen.clone()
+        around[0, 4], around[0, 7] = other(5 * 8 + 3), other(6 * 8 + 3)
+        return after, around
+
+    dynamics.step = step
+    found = model.predict_next(join(torch.randn(1, 48), torch.randn(1, 80)), torch.tensor([0]))
+    kind[0, 6 * 8 + 3] += 1
+    static = model.encoder.lay_out(kinds[kind % 3].flatten(1))
+    torch.testing.assert_close(found, join(after, static))
+
+
 def test_each_number_of_the_report_is_of_the_place_that_what_moves_asks_for():
     dynamics, seen = LatentDynamics(moving_dim=2, features=3, report_dim=2), torch.randn(5, 9, 3)
     with torch.no_grad():

@@ -318,7 +318,7 @@ def window_starts(transitions, length, episodes=None):
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
     ones of this batch, index (B, T+1, h, w) int64 into them, steps (B, T) int64, the numbers of
-    the transitions, actions (B, T) int64, and over (B,) bool: did the last one end the episode?
+    the transitions, actions (B, T) int64, and over (B,) bool: was the last one `terminated`?
 
     An epoch has as many windows as `windows_per_episode` says, and what it draws depends on `seed`,
     the epoch and `errors`. Half of a batch is of episodes in random order, one window of each. The
@@ -349,7 +349,7 @@ class WindowBatches:
 
     def note_errors(self, batch, errors):
         """The prediction errors (B, T) of a batch's transitions: what the next ones draw by."""
-        self.errors[batch["steps"]] = errors.float().cpu()
+        self.errors[batch["steps"].cpu()] = errors.float().cpu()
 
     def __iter__(self):
         data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])

@@ -48,7 +48,7 @@ from world_model_jepa import (
 
 # ------------------------------------------------------------------------- Settings: edit and rerun
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 6                 # of about as many transitions as the data have
+EPOCHS = 6                 # of four fifths as many transitions as the data have
 BATCH_SIZE = 64            # windows a batch
 WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
@@ -137,7 +137,7 @@ def new_model(data, episodes):
 
 
 def new_batches(data, episodes):
-    """Windows, in an epoch at most as many as hold all transitions once."""
+    """Windows, in an epoch about as many as hold all transitions once."""
     passes = max(1, len(data) // (WINDOW * len(set(data.episode))))
     return WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
 

@@ -5,8 +5,8 @@
     z = model.encode(obs)                   # (B, 3, H, W) in [0, 1] -> (B, 128), unit norm
     z_next = model.predict_next(z, action)  # the latent one action later, no pixel in between
 
-A latent has two parts of equal norm: the moving part is all that changes within an episode, the
-static part a map of what stays until it is moved or opened. The objective, in one line:
+A latent has two parts of equal norm: the moving part tells all in which the states of an episode
+differ, the static part is a map of what stays until it is moved or opened. The objective:
 
     L = prediction + places + spread + smoothness + pointing + ending
 
@@ -232,8 +232,8 @@ class LatentDynamics(nn.Module):
 
     def choose_kinds(self, x, share):
         """Picks, of patches' slow features (P, features), at most `kinds` that are far apart from
-        each other, by farthest-first traversal (Gonzalez 1985). From the patches' share (P,): the
-        log of the share of what is nearest to each. Returns how many were picked."""
+        each other, by farthest-first traversal (Gonzalez 1985). Keeps, for each, the log of the
+        share of the patches nearest to it, share (P,). Returns how many were picked."""
         chosen, distance = [0], (x - x[0]).square().sum(1)
         while len(chosen) < len(self.kinds) and distance.max() > 0.01:  # of a variance of 1
             chosen.append(distance.argmax().item())
@@ -260,15 +260,15 @@ class LatentDynamics(nn.Module):
     @torch.no_grad()
     def draw_map(self, told):
         """Log-probabilities of kinds (..., kinds, N) -> slow features (..., N, features). Half of
-        the kinds' share is taken out, or rare ones, as goals, are missed. No gradient: `places`
-        alone decides what the map shows."""
+        `log_share` is subtracted, or rare kinds, as goals, are missed. No gradient: `places` alone
+        decides what the map shows."""
         return (told - 0.5 * self.log_share[:, None]).softmax(-2).mT @ self.kinds
 
     @torch.no_grad()
     def point(self, moving):
         """(..., M) -> rows (..., 3, h) and columns (..., 3, w): the place of what moves, between
-        the one before and the one after. Exactly one once the model is trained, and the odds of
-        each while it learns. No gradient: `pointing` alone decides where to look."""
+        the one before and the one after. One place exactly in eval mode, the odds of each while
+        it learns. No gradient: `pointing` alone decides where to look."""
         place = []
         for to_place in (self.to_row, self.to_column):
             x = to_place(moving)
@@ -311,8 +311,9 @@ class LatentDynamics(nn.Module):
         some = change.any(-1).any(-1)                                   # (...)
         static = static.expand(*some.shape, -1)
         if some.any():
-            change, maps, *place = (x.expand(*some.shape, *x.shape[some.ndim:])[some]
-                                    for x in (change, maps, *place))
+            change, maps, *place = (
+                x.expand(*some.shape, *x.shape[x.ndim - k:])[some]
+                for x, k in zip((change, maps, *place), (2, 3, 2, 2)))
             maps = maps + torch.einsum("anh,amw,anmf->ahwf", *place, change.unflatten(1, (3, 3)))
             static = static.masked_scatter(some[..., None], lay_out(maps.flatten(1)))
         return static
@@ -323,7 +324,7 @@ class LatentDynamics(nn.Module):
         place = self.point(moving)
         seen = self.glimpse(place, maps)
         after, around = self.step(moving, seen, action)
-        # What moves hides what it stands on: nothing is written there.
+        # What moves hides what it stands on: in imagination, nothing is written there.
         rows, columns = ((here * there[..., 1:2, :]).sum(-1) for here, there in zip(
             place, self.point(after * math.sqrt(moving.shape[-1]))))    # (..., 3) each
         hidden = (rows[..., :, None] * columns[..., None, :]).flatten(-2)       # (..., 9)
@@ -337,8 +338,9 @@ class LatentDynamics(nn.Module):
 class JEPAWorldModel(nn.Module):
     """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020).
 
-    The prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
-    encoder is an exponential moving average (EMA) of the online one and gets no gradient.
+    The prediction from (encode(obs), action) is regressed on encode_target(next_obs); training adds
+    noise to the moving part, and shows the dynamics the true map. The target encoder is an
+    exponential moving average (EMA) of the online one and gets no gradient.
 
     Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
 
@@ -392,7 +394,8 @@ class JEPAWorldModel(nn.Module):
         return torch.stack(latents, 1)
 
     def forward(self, obs, next_obs, actions):
-        """(B, 3, H, W) twice, (B,) -> loss, z_pred (B, latent_dim), z_target (B, latent_dim).
+        """(B, 3, H, W) twice, (B,) -> loss, z_pred (B, latent_dim), z_target (B, latent_dim): one
+        step, to look at. For what is trained see compute_losses.
 
         The loss is the mean squared error of the two L2-normalised latents over batch and dims.
         It cannot exceed 4 / latent_dim, and a collapsed model brings it to 0: never read it alone.
@@ -409,8 +412,8 @@ class JEPAWorldModel(nn.Module):
 
 
 class BYOLWorldModel(JEPAWorldModel):
-    """With the tutorial's objective, the plain regression on the target. It collapses, since what
-    is the same for all images is easiest to predict."""
+    """With the tutorial's objective, the plain regression on the target: nothing teaches map and
+    pointers. It collapses, since what is the same for all images is easiest to predict."""
 
     objective = "byol"
 
@@ -532,7 +535,7 @@ def vicreg(z, variance=1, covariance=0.04):
     episode; else goal and layout, easy to predict, would take the place of the agent (std_t of
     PLDM, Sobal et al. 2025). The static part is spread over layouts.
     """
-    matrix = z.T @ z / (len(z) - 1)                                     # (D, D)
+    matrix = z.T @ z / max(1, len(z) - 1)                                   # (D, D)
     own = matrix.diagonal()
     hinge = F.relu(1 - (own + 1e-4).sqrt()).mean()
     return variance * hinge + covariance * (matrix.square().sum() - own.square().sum()) / len(own)

@@ -119,6 +119,7 @@ def test_leading_shapes_of_latents_and_actions_broadcast(model):
     assert whole.shape == (5, 7, 128)
     for a in range(7):
         torch.testing.assert_close(whole[:, a], model.predict_next(z, actions[a].expand(5)))
+    torch.testing.assert_close(model.predict_next(z[0], actions), whole[0])
     assert join(torch.randn(4, 1, 3), torch.randn(5, 2)).shape == (4, 5, 5)
 
 
@@ -175,6 +176,9 @@ def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
     expected = static.repeat(1, 3, 1)
     expected[0, 1] = seen_so[0]
     torch.testing.assert_close(written, expected)
+    alone = dynamics.write(static[0, 0], maps[0, 0], [x[0, 0] for x in place], seen[0, 0],
+                           after[0], model.encoder.lay_out)             # of one state
+    torch.testing.assert_close(alone, expected[0])
 
 
 def test_nothing_is_written_where_what_moves_will_stand():

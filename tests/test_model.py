@@ -371,6 +371,8 @@ def test_two_processes_share_an_odd_number_of_frames(tmp_path):
     """Equal shares of 15 frames, as gloo's all_gather wants them: losses and gradients of one."""
     torch.manual_seed(0)
     model, odd = JEPAWorldModel().eval(), batch(B=3, T=3)
+    model.dynamics.kinds, model.dynamics.log_share = torch.randn(4, 8), torch.zeros(4)
+    torch.nn.init.normal_(model.dynamics.change[-1].weight)         # so that much is written
 
     def learn():
         torch.manual_seed(1)                                        # of the noise

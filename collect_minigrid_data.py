@@ -604,7 +604,9 @@ def main():
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: cannot write {data_path()}: {error.strerror or error}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:  # tqdm's lock, if hit while it is taken
+        if KeyboardInterrupt not in (type(error), type(error.__context__)):
+            raise
         sys.exit("interrupted: no file was left half-written, run python3 collect_minigrid_data.py "
                  "to begin again")
     print(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB): {NUM_EPISODES} episodes, "

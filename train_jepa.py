@@ -270,7 +270,7 @@ def validate(model, data, episodes):
     `copy` predicts that nothing changes.
 
     Also sets model.same_state, for the planner: half-way between equal (1) and the cosine that the
-    moving parts of two different frames of one episode hardly ever exceed (a pair in 10,000).
+    latents of two different frames of one episode hardly ever exceed (a pair in 10,000).
     """
     device = data.actions.device
     starts = torch.from_numpy(window_starts(data, 1, episodes)[:5000])
@@ -285,9 +285,8 @@ def validate(model, data, episodes):
     before, after = same[pair]
     online = encode_frames(model, data, used[first])
     target = encode_frames(model, data, used[first], target=True)
-    moving = F.normalize(target[before, :model.moving_dim], dim=1)
     others = (episode[:, None] == episode) & (before[:, None] != before)
-    cosines = (moving @ moving.T)[others].sort().values
+    cosines = (target[before] @ target[before].T)[others].sort().values
     if len(cosines):
         model.same_state.fill_((1 + cosines[int(0.9999 * (len(cosines) - 1))]) / 2)
     predicted = model.predict_next(online[before], data.actions[starts])

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 9
+CHECKPOINT_FORMAT = 10
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
@@ -192,7 +192,7 @@ class LatentDynamics(nn.Module):
 
     Whether the agent can step ahead depends on what stands there. A plain MLP would learn that for
     each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics look
-    first (as DRAW does: Gregor et al. 2015): `to_row` and `to_column` point at the place of what
+    first (as DRAW does: Gregor et al. 2015): `to_place` points at the place of what
     moves, `to_map` unfolds the static part into a map, and attention over its 3 x 3 places around
     that one, asked by what moves, reports `report_dim` numbers to the MLP. "The way ahead is free"
     is then one rule for all places. From what stands at the place itself, `ending` tells whether
@@ -208,8 +208,9 @@ class LatentDynamics(nn.Module):
         super().__init__()
         static_dim = latent_dim - moving_dim
         self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
-        self.to_row = nn.Linear(moving_dim, grid[0])
-        self.to_column = nn.Linear(moving_dim, grid[1])
+        self.to_place = nn.Sequential(
+            nn.Linear(moving_dim, hidden_dim // 2), nn.SiLU(),
+            nn.Linear(hidden_dim // 2, sum(grid)))
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
         self.query = nn.Linear(moving_dim, 9 * report_dim)
@@ -270,8 +271,7 @@ class LatentDynamics(nn.Module):
         the one before and the one after. One place exactly in eval mode, the odds of each while
         it learns. No gradient: `pointing` alone decides where to look."""
         place = []
-        for to_place in (self.to_row, self.to_column):
-            x = to_place(moving)
+        for x in self.to_place(moving).split(self.grid, -1):
             x = x.softmax(-1) if self.training else F.one_hot(x.argmax(-1), x.shape[-1]).to(x.dtype)
             place.append(torch.stack([F.pad(x, (i, -i)) for i in (-1, 0, 1)], -2))
         return place
@@ -362,8 +362,7 @@ class JEPAWorldModel(nn.Module):
         self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim, moving_dim, grid,
                                        features, kinds)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        # Two latents are one state if the cosine of their moving parts is above this: see validate
-        # in train_jepa.py.
+        # Two latents are one state if their cosine is above this: see validate in train_jepa.py.
         self.register_buffer("same_state", torch.tensor(0.95))
 
     def start_from(self, patches, index):
@@ -500,10 +499,13 @@ def compute_losses(model, batch):
         error = (predicted - target.unflatten(0, (B, T))).square().sum(-1)              # (B, T)
         if model.objective == "byol":
             return {"prediction": error.mean()}, error.detach()
+        # The encoder, too, commits to what is predicted (as VQ-VAE's to its codes, and DreamerV2's
+        # by KL balancing): what cannot be foreseen, as where light falls, is left out.
+        unforeseen = (predicted.detach() - z[:, 1:]).square().sum(-1).mean()
         within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
         layout = static.mean(1)
         terms = {
-            "prediction": weigh_by_error(error),
+            "prediction": weigh_by_error(error) + 0.2 * unforeseen,
             "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
             "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
     moving = moving.detach()  # pointing and ending do not train the encoder
@@ -567,11 +569,10 @@ def pointing(model, moving, profiles):
     with torch.no_grad():
         weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))
         apart = torch.einsum("btnc,dnc->btnd", profiles - profiles.mean((0, 1)), weight)
-        row, column = apart.square().sum(-1).split(list(model.dynamics.grid), -1)
+        places = apart.square().sum(-1)
     return sum(weigh_by_error(F.cross_entropy(
-        to_place(moving).flatten(0, 1), place.argmax(-1).flatten(), reduction="none"))
-               for to_place, place in ((model.dynamics.to_row, row),
-                                       (model.dynamics.to_column, column)))
+        told.flatten(0, 1), true.argmax(-1).flatten(), reduction="none")) for told, true in zip(*(
+            x.split(model.dynamics.grid, -1) for x in (model.dynamics.to_place(moving), places))))
 
 
 def ending(dynamics, moving, maps, over):

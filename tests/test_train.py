@@ -102,8 +102,8 @@ def effects(contents):
     z, begin = (train_jepa.encode_frames(model, data, f) for f in (now, first))
     moving, static_before = model.dynamics.parts(z)[0], model.dynamics.parts(begin)[1]
     after = model.dynamics.parts(train_jepa.encode_frames(model, data, data.next_obs_index[t]))[0]
-    at = [layer(moving).argmax(1).numpy() for layer in (model.dynamics.to_column,
-                                                        model.dynamics.to_row)]
+    rows, columns = model.dynamics.point(moving)
+    at = [told[:, 1].argmax(1).numpy() for told in (columns, rows)]
     # Is a tile mostly of walls, of floor, or of goals? Then: what kind does the map show?
     cells = torch.from_numpy(data.grid[..., 0]).mT.flatten(1).long()    # (N, h * w)
     tiles = data.frame_tiles[data.obs_index].flatten(1).long()

@@ -35,7 +35,7 @@ from world_model_jepa import CheckpointError, build_model, pick_device, read_che
 NUM_TASKS = 200      # in the environment that the checkpoint was trained on
 CONTROL_TASKS = 5    # the first of them, for the slow controls: CEM and the other models
 SEED = 1000          # of the tasks; must differ from the data's, whose layouts were trained on
-MAX_STATES = 5000    # imagined states after which no search goes deeper; FourRooms has some 1,040
+MAX_STATES = 10000   # imagined states after which no search goes deeper; FourRooms has some 1,040
 
 HERE = Path(__file__).resolve().parent
 RULES = {"NUM_TASKS": (int, 1), "CONTROL_TASKS": (int, 1), "SEED": (int, 0), "MAX_STATES": (int, 1)}

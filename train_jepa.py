@@ -269,8 +269,8 @@ def validate(model, data, episodes):
     prediction is that of the true next frame; only transitions in which something moved count.
     `copy` predicts that nothing changes.
 
-    Also sets model.same_state, for the planner: half-way between equal (1) and the cosine that the
-    latents of two different frames of one episode hardly ever exceed (a pair in 10,000).
+    Also sets model.same_state, for the planner: two thirds of the way from the cosine that the
+    latents of two different frames of one episode hardly ever exceed (a pair in 10,000) to 1.
     """
     device = data.actions.device
     starts = torch.from_numpy(window_starts(data, 1, episodes)[:5000])
@@ -288,7 +288,7 @@ def validate(model, data, episodes):
     others = (episode[:, None] == episode) & (before[:, None] != before)
     cosines = (target[before] @ target[before].T)[others].sort().values
     if len(cosines):
-        model.same_state.fill_((1 + cosines[int(0.9999 * (len(cosines) - 1))]) / 2)
+        model.same_state.fill_((2 + cosines[int(0.9999 * (len(cosines) - 1))]) / 3)
     predicted = model.predict_next(online[before], data.actions[starts])
     moved = before != after
     return {

@@ -226,22 +226,24 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
         self.change = nn.Sequential(
-            nn.Linear(moving_dim + action_dim + 9 * features, hidden_dim // 2), nn.SiLU(),
+            nn.Linear(moving_dim + action_dim + 10 * features, hidden_dim // 2), nn.SiLU(),
             nn.Linear(hidden_dim // 2, 9 * features))
         nn.init.zeros_(self.change[-1].weight)          # at first, nothing changes
         nn.init.zeros_(self.change[-1].bias)
 
     def choose_kinds(self, x, share):
         """Picks, of patches' slow features (P, features), at most `kinds` that are far apart from
-        each other, by farthest-first traversal (Gonzalez 1985). Keeps, for each, the log of the
-        share of the patches nearest to it, share (P,). Returns how many were picked."""
+        each other, by farthest-first traversal (Gonzalez 1985), so that a key in the light and in
+        the dark is one. A kind is then the average of the patches nearest to it; the log of their
+        share is kept too. share (P,): how often each occurs. Returns how many were picked."""
         chosen, distance = [0], (x - x[0]).square().sum(1)
-        while len(chosen) < len(self.kinds) and distance.max() > 0.01:  # of a variance of 1
+        while len(chosen) < len(self.kinds) and distance.max() > 1:     # the variance of all
             chosen.append(distance.argmax().item())
             distance = distance.minimum((x - x[chosen[-1]]).square().sum(1))
-        self.kinds = x[chosen]
-        nearest = torch.cat([torch.cdist(some, self.kinds).argmin(1) for some in x.split(4096)])
-        self.log_share = torch.zeros(len(chosen)).index_add_(0, nearest, share).add_(1e-6).log_()
+        nearest = torch.cat([torch.cdist(some, x[chosen]).argmin(1) for some in x.split(4096)])
+        share = torch.zeros(len(chosen), len(x)).index_put_((nearest, torch.arange(len(x))), share)
+        self.log_share = share.sum(1).add_(1e-6).log_()
+        self.kinds = share @ x / share.sum(1, keepdim=True)
         return len(chosen)
 
     def parts(self, z):
@@ -288,17 +290,19 @@ class LatentDynamics(nn.Module):
         weight = self.query(moving).unflatten(-1, (9, -1)).softmax(-2)  # (..., 9, report_dim)
         return F.softsign((weight * self.value(seen)).sum(-2))
 
-    def step(self, moving, seen, action):
-        """(..., M), glimpse (..., 9, features), (...) -> next moving part (..., M), unit norm, and
-        what then stands at the 3 x 3 places (..., 9, features). No gradient leads from there to the
-        encoder."""
-        action = self.action_embedding(action)
+    def step(self, moving, seen, maps, action):
+        """(..., M), glimpse (..., 9, features) of maps (..., h, w, features), (...) -> next moving
+        part (..., M), unit norm, and what then stands at the 3 x 3 places (..., 9, features). For
+        that the map's sum counts too, since what is missing may be in hand. No gradient leads from
+        there to the encoder."""
+        action, total = self.action_embedding(action), maps.sum((-3, -2)) / math.prod(self.grid)**.5
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
-        moving, action, seen = (x.expand(*shape, *x.shape[x.ndim - k:]) for x, k in (
-            (moving, 1), (action, 1), (seen, 2)))
+        moving, action, total, seen = (x.expand(*shape, *x.shape[x.ndim - k:]) for x, k in (
+            (moving, 1), (action, 1), (total, 1), (seen, 2)))
         logits = self.mlp(torch.cat([moving, self.report(moving, seen), action], -1))
         code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
-        change = self.change(torch.cat([moving.detach(), action.detach(), seen.flatten(-2)], -1))
+        change = self.change(torch.cat(
+            [moving.detach(), action.detach(), total, seen.flatten(-2)], -1))
         return F.normalize(self.codebook(code), dim=-1), seen + change.unflatten(-1, (9, -1))
 
     def nearest_kind(self, x):
@@ -323,7 +327,7 @@ class LatentDynamics(nn.Module):
         maps = self.draw_map(self.tell(static)).unflatten(-2, self.grid)
         place = self.point(moving)
         seen = self.glimpse(place, maps)
-        after, around = self.step(moving, seen, action)
+        after, around = self.step(moving, seen, maps, action)
         # What moves hides what it stands on: in imagination, nothing is written there.
         rows, columns = ((here * there[..., 1:2, :]).sum(-1) for here, there in zip(
             place, self.point(after * math.sqrt(moving.shape[-1]))))    # (..., 3) each
@@ -483,7 +487,7 @@ def compute_losses(model, batch):
     maps = F.embedding(index, dynamics.draw_map(true))                  # (B, T+1, h, w, features)
     place = dynamics.point(noisy)
     seen, then = (dynamics.glimpse(place, some) for some in (maps[:, :-1], maps[:, 1:]))
-    after, around = dynamics.step(noisy, seen, actions)
+    after, around = dynamics.step(noisy, seen, maps[:, :-1], actions)
     predicted = join(after, dynamics.write(
         static[:, :-1], maps[:, :-1], place, seen, around, model.encoder.lay_out))
     if model.objective == "reconstruction":

@@ -183,6 +183,20 @@ def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
     torch.testing.assert_close(alone, expected[0])
 
 
+def test_what_the_map_lacks_far_away_counts_for_what_an_action_changes():
+    """A key that is in hand shows in no glimpse."""
+    torch.manual_seed(0)
+    dynamics = JEPAWorldModel().dynamics
+    torch.nn.init.normal_(dynamics.change[-1].weight)
+    moving, seen, maps = torch.randn(1, 48), torch.randn(1, 9, 8), torch.randn(1, 8, 8, 8)
+    without = maps.clone()
+    without[0, 7, 7] = 0
+    (after, around), (other_after, other_around) = (
+        dynamics.step(moving, seen, some, torch.tensor([4])) for some in (maps, without))
+    torch.testing.assert_close(after, other_after)
+    assert (around - other_around).abs().max() > 0.01
+
+
 def test_nothing_is_written_where_what_moves_will_stand():
     """It hides what it stands on: a goal that the agent enters stays on the map."""
     torch.manual_seed(0)

@@ -295,7 +295,8 @@ class LatentDynamics(nn.Module):
         part (..., M), unit norm, and what then stands at the 3 x 3 places (..., 9, features). For
         that the map's sum counts too, since what is missing may be in hand. No gradient leads from
         there to the encoder."""
-        action, total = self.action_embedding(action), maps.sum((-3, -2)) / math.prod(self.grid)**.5
+        action = self.action_embedding(action)
+        total = maps.sum((-3, -2)) / math.sqrt(math.prod(self.grid))    # (..., features)
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
         moving, action, total, seen = (x.expand(*shape, *x.shape[x.ndim - k:]) for x, k in (
             (moving, 1), (action, 1), (total, 1), (seen, 2)))

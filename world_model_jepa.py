@@ -517,7 +517,7 @@ def compute_losses(model, batch):
     changes = weigh_by_error((around - then).square().sum((-1, -2)))
     return {**terms, "places": places(dynamics.tell(static[:, 0]), true, index[:, 0]) + changes,
             "pointing": pointing(model, moving, profiles),
-            "ending": ending(dynamics, moving[:, -1], maps[:, -1], batch["over"])}, error.detach()
+            "ending": ending(dynamics, moving[:, -1], maps[:, -2], batch["over"])}, error.detach()
 
 
 def add_noise(moving, most=0.6):
@@ -583,8 +583,8 @@ def pointing(model, moving, profiles):
 def ending(dynamics, moving, maps, over):
     """Teaches the dynamics where an episode is over.
 
-    moving (B, M), maps (B, h, w, features), over (B,) bool -> mean cross-entropy, weighted by
-    error."""
+    moving (B, M), maps (B, h, w, features) of the frame before, since what moves hides what it
+    stands on, over (B,) bool -> mean cross-entropy, weighted by error."""
     here = dynamics.glimpse(dynamics.point(moving), maps)[:, 4]         # (B, features)
     odds = dynamics.ending(here)[:, 0]
     return weigh_by_error(F.binary_cross_entropy_with_logits(odds, over.float(), reduction="none"))

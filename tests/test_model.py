@@ -384,6 +384,21 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     torch.testing.assert_close(terms["prediction"], by_hand, rtol=1e-3, atol=1e-5)
 
 
+def test_ends_are_learnt_from_what_stood_there_before(monkeypatch):
+    """On the last frame the agent may hide the goal that it has reached."""
+    torch.manual_seed(0)
+    model, windows, given = JEPAWorldModel(), batch(), []
+    dynamics, index = model.dynamics, windows["index"]
+    dynamics.kinds, dynamics.log_share = torch.randn(4, 8), torch.zeros(4)
+    monkeypatch.setattr(world_model_jepa, "ending", lambda *its: given.append(its) or its[1].sum())
+    compute_losses(model, windows)
+    shown = dynamics.draw_map(dynamics.assign(model.encoder.look_slowly(
+        windows["patches"] / 255).T))
+    torch.testing.assert_close(given[0][2], shown[index[:, -2]])
+    last = model.encode(join_tiles(windows["patches"] / 255, index[:, -1]))
+    torch.testing.assert_close(given[0][1], dynamics.parts(last)[0], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that processes cost no imports")
 def test_two_processes_share_an_odd_number_of_frames(tmp_path):
     """Equal shares of 15 frames, as gloo's all_gather wants them: losses and gradients of one."""

@@ -130,7 +130,7 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
         z, scores = model.encode(images[:1]).expand(samples, -1), []
         for t, action in enumerate(tries.T):
             z = model.predict_next(z, action)
-            scores.append(F.normalize(z, dim=-1) @ goal - 1e-3 * t)      # the sooner the better
+            scores.append(F.normalize(z, dim=-1) @ goal - 1e-3 * t)  # the sooner the better
         score, steps = torch.stack(scores, 1).max(1)                    # (samples,) each
         elite = score.topk(samples // 10).indices
         if score[elite[0]] > nearest:

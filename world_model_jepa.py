@@ -192,10 +192,10 @@ class LatentDynamics(nn.Module):
 
     Whether the agent can step ahead depends on what stands there. A plain MLP would learn that for
     each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics look
-    first (as DRAW does: Gregor et al. 2015): `to_place` points at the place of what
-    moves, `to_map` unfolds the static part into a map, and attention over its 3 x 3 places around
-    that one, asked by what moves, reports `report_dim` numbers to the MLP. "The way ahead is free"
-    is then one rule for all places. From what stands at the place itself, `ending` tells whether
+    first (as DRAW does: Gregor et al. 2015): `to_place` points at the place of what moves, `to_map`
+    unfolds the static part into a map, and attention over its 3 x 3 places around that one, asked
+    by what moves, reports `report_dim` numbers to the MLP. "The way ahead is free" is then one rule
+    for all places. From what stands at the place itself, `ending` tells whether
     the episode is over (the continue predictor of DreamerV2), after which nothing changes.
 
     The static part passes through as it is, unless the MLP says that another kind of patch than
@@ -574,10 +574,10 @@ def pointing(model, moving, profiles):
     with torch.no_grad():
         weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))
         apart = torch.einsum("btnc,dnc->btnd", profiles - profiles.mean((0, 1)), weight)
-        places = apart.square().sum(-1)
+    told, true = (x.split(model.dynamics.grid, -1) for x in (      # rows, columns
+        model.dynamics.to_place(moving), apart.square().sum(-1)))
     return sum(weigh_by_error(F.cross_entropy(
-        told.flatten(0, 1), true.argmax(-1).flatten(), reduction="none")) for told, true in zip(*(
-            x.split(model.dynamics.grid, -1) for x in (model.dynamics.to_place(moving), places))))
+        x.flatten(0, 1), y.argmax(-1).flatten(), reduction="none")) for x, y in zip(told, true))
 
 
 def ending(dynamics, moving, maps, over):

@@ -63,7 +63,7 @@ NUM_WORKERS = 2                   # threads that compress; the file does not dep
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Forward most: even so, only one step in 300 enters a gap in a wall of FourRooms.
 ACTION_WEIGHTS = (0.15, 0.15, 0.5, 0.06, 0.03, 0.09, 0.02)
-INTERACT_ODDS = 0.5               # that a closed door ahead is toggled, or with empty hands a thing
+INTERACT_ODDS = 0.5               # that a door ahead is toggled, or with empty hands a thing
                                   # ahead picked up: purely at random, one step in 1,400 opens or
                                   # shuts a door of DoorKey
 WARM_UP_STEPS = 400               # where every episode starts in the same place, or there are keys,
@@ -234,11 +234,11 @@ def draw_actions(rng, odds, length: int):
 
 
 def choose(world: MiniGridEnv, action: int, interacts: bool) -> int:
-    """`action`, or if `interacts`, the one that opens or picks up what is ahead, if it can be."""
+    """`action`, or if `interacts`, the one that toggles or picks up what is ahead, if it can be."""
     x, y = world.agent_pos + world.dir_vec
     if interacts and 0 <= x < world.width and 0 <= y < world.height:
         thing = world.grid.get(x, y)
-        if isinstance(thing, Door) and not thing.is_open:
+        if isinstance(thing, Door):
             return int(Actions.toggle)
         if thing and thing.can_pickup() and not world.carrying:
             return int(Actions.pickup)

@@ -35,7 +35,7 @@ from world_model_jepa import CheckpointError, build_model, pick_device, read_che
 NUM_TASKS = 200      # in the environment that the checkpoint was trained on
 CONTROL_TASKS = 5    # the first of them, for the slow controls: CEM and the other models
 SEED = 1000          # of the tasks; must differ from the data's, whose layouts were trained on
-MAX_STATES = 10000   # imagined states after which no search goes deeper; FourRooms has some 1,040
+MAX_STATES = 20000   # imagined states after which no search goes deeper; FourRooms has some 1,040
 
 HERE = Path(__file__).resolve().parent
 RULES = {"NUM_TASKS": (int, 1), "CONTROL_TASKS": (int, 1), "SEED": (int, 0), "MAX_STATES": (int, 1)}
@@ -94,9 +94,12 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
         if nearest > same or not len(z) or len(parents) >= MAX_STATES:
             break
         first = len(parents) - len(z)                                   # of the frontier
-        z = model.predict_next(z[:, None], torch.arange(A, device=z.device)).flatten(0, 1)
-        found = F.normalize(z, dim=-1)                                  # (F * A, D)
-        new = ((found @ states.T).amax(1) <= same).nonzero()[:, 0]
+        z = model.predict_next(z[:, None], torch.arange(A, device=z.device))
+        found = F.normalize(z, dim=-1)                                  # (F, A, D)
+        changed = (found * states[first:, None]).sum(-1) <= same        # by the action
+        z, found, new = z.flatten(0, 1), found.flatten(0, 1), changed.flatten().nonzero()[:, 0]
+        known = [(some @ states.T).amax(1) > same for some in found[new].split(1024)]
+        new = new[~torch.cat(known)]
         twins = (found[new] @ found[new].T > same).float()
         new = new[twins.cumsum(1).diagonal() == 1]                      # the first of its kind
         if len(new):

@@ -510,7 +510,7 @@ def compute_losses(model, batch):
         within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
         layout = static.mean(1)
         terms = {
-            "prediction": weigh_by_error(error) + 0.2 * unforeseen,
+            "prediction": weigh_by_error(error) + 0.1 * unforeseen,
             "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
             "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
     moving = moving.detach()  # pointing and ending do not train the encoder

@@ -63,9 +63,9 @@ NUM_WORKERS = 2                   # threads that compress; the file does not dep
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Forward most: even so, only one step in 300 enters a gap in a wall of FourRooms.
 ACTION_WEIGHTS = (0.15, 0.15, 0.5, 0.06, 0.03, 0.09, 0.02)
-INTERACT_ODDS = 0.5               # that a door ahead is toggled, or with empty hands a thing
-                                  # ahead picked up: purely at random, one step in 1,400 opens or
-                                  # shuts a door of DoorKey
+INTERACT_ODDS = 0.5               # that a door ahead is toggled (if open, unless the agent is about
+                                  # to enter), or with empty hands a thing ahead picked up: purely
+                                  # at random, one step in 1,400 toggles a door of DoorKey
 WARM_UP_STEPS = 400               # where every episode starts in the same place, or there are keys,
                                   # doors and so on, ten steps do not lead far: there, 0 to so many
                                   # random steps go unrecorded first
@@ -238,7 +238,7 @@ def choose(world: MiniGridEnv, action: int, interacts: bool) -> int:
     x, y = world.agent_pos + world.dir_vec
     if interacts and 0 <= x < world.width and 0 <= y < world.height:
         thing = world.grid.get(x, y)
-        if isinstance(thing, Door):
+        if isinstance(thing, Door) and not (thing.is_open and action == Actions.forward):
             return int(Actions.toggle)
         if thing and thing.can_pickup() and not world.carrying:
             return int(Actions.pickup)

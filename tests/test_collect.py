@@ -227,15 +227,17 @@ def test_action_odds_follow_the_weights(monkeypatch):
     np.testing.assert_allclose(counts, [0.25, 0, 0.75], atol=0.1)
 
 
-def test_half_of_the_time_what_is_ahead_is_opened_or_picked_up(monkeypatch):
+def test_half_of_the_time_what_is_ahead_is_toggled_or_picked_up(monkeypatch):
     counts = {}
     for odds in (0, 0.5):
         monkeypatch.setattr(collect, "INTERACT_ODDS", odds)
         data = collect.collect_episodes("MiniGrid-DoorKey-8x8-v0", range(100), 10, 1, seed=0)
         doors = data["grid"][data["grid"][..., 0] == 4]                 # (D, 3)
-        counts[odds] = np.mean(doors[:, 2] == 0), np.mean(data["carrying"][:, 0] == 5)
+        counts[odds] = (np.mean(doors[:, 2] == 0), np.mean(data["carrying"][:, 0] == 5),
+                        np.mean(doors[:, 2] == 1))
     assert counts[0.5][0] > 0.15 > 0.1 > counts[0][0]                   # open
     assert counts[0.5][1] > 0.6 > 0.4 > counts[0][1]                    # with the key in hand
+    assert counts[0.5][2] > 0.08 > 0.04 > counts[0][2]                  # shut again
 
 
 def test_file_holds_the_contract(small):

@@ -257,7 +257,7 @@ def encode_frames(model, data, frames, target=False):
     latents = []
     for some in frames.split(512):
         tiles, index = data.frame_tiles[some].unique(return_inverse=True)
-        latents.append(encoder.from_patches(to_float(data.tiles[tiles.long()]), index)[0])
+        latents.append(encoder.from_patches(to_float(data.tiles[tiles.long()]), index))
     return torch.cat(latents)
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 10
+CHECKPOINT_FORMAT = 11
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
@@ -73,7 +73,7 @@ def slow_features(x, share, index, number, limit=0.3):
 
     x (P, C) centred features of patches, share (P,) how often each occurs, index (B, T+1, h, w)
     into them -> (C, number): x @ it are the first principal components of what is kept, whose
-    total variance is 1.
+    total variance is 1. And (C, C): x @ it is what is not kept.
     """
     size, axes = torch.linalg.eigh(x.T * share @ x)
     size, axes = (part[..., size > 1e-6 * size[-1]] for part in (size, axes))
@@ -86,7 +86,7 @@ def slow_features(x, share, index, number, limit=0.3):
     kept = white @ directions / (1 + (change / limit) ** 8) @ directions.T @ unwhite
     y = x @ kept
     size, axes = torch.linalg.eigh(y.T * share @ y)
-    return kept @ axes[:, -number:] / (size.sum() + 1e-9).sqrt()
+    return kept @ axes[:, -number:] / (size.sum() + 1e-9).sqrt(), torch.eye(len(kept)) - kept
 
 
 class ConvEncoder(nn.Module):
@@ -120,6 +120,7 @@ class ConvEncoder(nn.Module):
         self.fixed.requires_grad_(False)
         self.register_buffer("average", torch.zeros(filters))        # over the data's patches
         self.register_buffer("slow", torch.eye(filters, features))   # see slow_features
+        self.register_buffer("fast", torch.eye(filters))
         self.register_buffer("usual", torch.zeros(h * w, features))  # slow features, average frame
         self.moving = nn.Linear(channels * (h + w), moving_dim)
         self.static = nn.Linear(features * h * w, latent_dim - moving_dim)
@@ -145,7 +146,9 @@ class ConvEncoder(nn.Module):
         share = torch.bincount(index.flatten(), minlength=len(x)) / index.numel()
         self.average.copy_(share @ x)
         x -= self.average
-        self.slow.copy_(slow_features(x.double(), share.double(), index, self.slow.shape[1]))
+        slow, fast = slow_features(x.double(), share.double(), index, self.slow.shape[1])
+        self.slow.copy_(slow)
+        self.fast.copy_(fast)
         x = x @ self.slow
         shown = (F.embedding(some.flatten(1), x) for some in index[:, 0].split(8))
         self.usual.copy_(sum(some.sum(0) for some in shown) / len(index))
@@ -160,12 +163,18 @@ class ConvEncoder(nn.Module):
         """(P, C, p, p) -> slow features (P, features), 0 for the average."""
         return (self.look(self.fixed, patches) - self.average) @ self.slow
 
+    def mobility(self, patches):
+        """(P, C, p, p) -> (P,): how much there is in a patch of what comes and goes. As light is
+        in many places and the agent in one, it is the agent's patch that is far from average."""
+        fast = (self.look(self.fixed, patches) - self.average) @ self.fast
+        return fast.square().sum(1)
+
     def forward(self, obs):
-        return self.from_patches(*cut(obs, self.patch_size))[0]
+        return self.from_patches(*cut(obs, self.patch_size))
 
     def from_patches(self, patches, index):
         """Images put together from patches (P, C, p, p) as index (B, h, w) says -> their latents
-        (B, latent_dim), and profiles (B, h + w, channels): the maxima of each row and column.
+        (B, latent_dim). The moving part sees the maxima of each row and of each column.
 
         A batch of MiniGrid frames has 100,000 patches but a few dozen distinct ones, and each is
         looked at once.
@@ -174,7 +183,7 @@ class ConvEncoder(nn.Module):
         profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)
         moving = self.moving(profiles.flatten(1))
         shown = F.embedding(index.flatten(1), self.look_slowly(patches)).flatten(1)
-        return join(moving, self.lay_out(shown)), profiles
+        return join(moving, self.lay_out(shown))
 
     def lay_out(self, shown):
         """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm."""
@@ -466,8 +475,7 @@ def encode_shared(encoder, patches, index):
     world = dist.get_world_size()
     rows = torch.arange(-(-len(index) // world) * world, device=index.device) % len(index)
     own = index[rows].chunk(world)[dist.get_rank()]  # equal shares: the first frames twice
-    return [torch.cat(dist.nn.all_gather(x.contiguous()))[:len(index)]
-            for x in encoder.from_patches(patches, own)]
+    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own)))[:len(index)]
 
 
 def compute_losses(model, batch):
@@ -480,8 +488,7 @@ def compute_losses(model, batch):
     """
     patches, index, actions = batch["patches"] / 255, batch["index"], batch["actions"]
     B, T = actions.shape
-    z, profiles = (x.unflatten(0, (B, T + 1))
-                   for x in encode_shared(model.encoder, patches, index.flatten(0, 1)))
+    z = encode_shared(model.encoder, patches, index.flatten(0, 1)).unflatten(0, (B, T + 1))
     moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
     dynamics, noisy = model.dynamics, add_noise(moving[:, :-1])
     true = dynamics.assign(model.encoder.look_slowly(patches).T)        # (kinds, P)
@@ -500,7 +507,7 @@ def compute_losses(model, batch):
         error = error.view(B, T) * z.shape[-1]
     else:
         with torch.no_grad():
-            target = encode_shared(model.target_encoder, patches, index[:, 1:].flatten(0, 1))[0]
+            target = encode_shared(model.target_encoder, patches, index[:, 1:].flatten(0, 1))
         error = (predicted - target.unflatten(0, (B, T))).square().sum(-1)              # (B, T)
         if model.objective == "byol":
             return {"prediction": error.mean()}, error.detach()
@@ -516,7 +523,7 @@ def compute_losses(model, batch):
     moving = moving.detach()  # pointing and ending do not train the encoder
     changes = weigh_by_error((around - then).square().sum((-1, -2)))
     return {**terms, "places": places(dynamics.tell(static[:, 0]), true, index[:, 0]) + changes,
-            "pointing": pointing(model, moving, profiles),
+            "pointing": pointing(dynamics, moving, model.encoder.mobility(patches)[index]),
             "ending": ending(dynamics, moving[:, -1], maps[:, -2], batch["over"])}, error.detach()
 
 
@@ -564,20 +571,18 @@ def places(told, true, index):
     return divergence.sum(1).log1p().mean()
 
 
-def pointing(model, moving, profiles):
-    """Teaches the dynamics where to look: what moves is in the row, and in the column, whose maxima
-    do most to set the frame's moving part apart from the average.
+def pointing(dynamics, moving, mobility):
+    """Teaches the dynamics where to look: what moves is where a frame's patches hold most of what
+    comes and goes.
 
-    moving (B, T+1, M), profiles (B, T+1, h + w, channels) -> cross-entropies of row and column,
-    averaged with weights by error.
+    moving (B, T+1, M), mobility (B, T+1, h, w) -> cross-entropies of row and column, averaged with
+    weights by error.
     """
-    with torch.no_grad():
-        weight = model.encoder.moving.weight.unflatten(1, (-1, profiles.shape[-1]))
-        apart = torch.einsum("btnc,dnc->btnd", profiles - profiles.mean((0, 1)), weight)
-    told, true = (x.split(model.dynamics.grid, -1) for x in (      # rows, columns
-        model.dynamics.to_place(moving), apart.square().sum(-1)))
-    return sum(weigh_by_error(F.cross_entropy(
-        x.flatten(0, 1), y.argmax(-1).flatten(), reduction="none")) for x, y in zip(told, true))
+    place = mobility.flatten(-2).argmax(-1)                             # (B, T+1)
+    width = mobility.shape[-1]
+    told = dynamics.to_place(moving).split(dynamics.grid, -1)
+    return sum(weigh_by_error(F.cross_entropy(x.flatten(0, 1), true.flatten(), reduction="none"))
+               for x, true in zip(told, (place // width, place % width)))
 
 
 def ending(dynamics, moving, maps, over):

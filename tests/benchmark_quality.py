@@ -104,7 +104,7 @@ class PlainEncoder(nn.Module):
         """As ConvEncoder's: the trunk looks at each distinct image once."""
         maps, number = index.flatten(1).unique(dim=0, return_inverse=True)
         images = join_tiles(patches, maps.view(-1, *index.shape[1:]))
-        return self.projector(self.trunk(images - 0.5)[number]) - self.centre, None
+        return self.projector(self.trunk(images - 0.5)[number]) - self.centre
 
 
 class PlainDynamics(nn.Module):
@@ -304,7 +304,7 @@ def our_loss(model, batch):
 def peer_loss(added, weight, model, batch):
     """The same for a peer, which learns its error + added(model, x, actions, weight)."""
     def see(encoder):
-        latents = encoder.from_patches(to_float(batch["patches"]), batch["index"].flatten(0, 1))[0]
+        latents = encoder.from_patches(to_float(batch["patches"]), batch["index"].flatten(0, 1))
         return model.coordinates(latents.unflatten(0, batch["index"].shape[:2]))
 
     x, actions, target = see(model.encoder), batch["actions"], None

@@ -66,12 +66,12 @@ def model(request):
 # ------------------------------------------------------------------------------- encoder, dynamics
 def test_deduplicated_patches_give_the_latents_of_pixels(model):
     patches, index, pixels = images(7)
-    torch.testing.assert_close(model.encoder.from_patches(patches, index)[0], model.encode(pixels))
+    torch.testing.assert_close(model.encoder.from_patches(patches, index), model.encode(pixels))
     every, places_ = cut(pixels, 8)
     assert every.shape == (7 * 64, 3, 8, 8)
     torch.testing.assert_close(join_tiles(every, places_), pixels, rtol=0, atol=0)
     many = torch.cat([patches, torch.rand(1000, 3, 8, 8)])
-    torch.testing.assert_close(model.encoder.from_patches(many, index)[0], model.encode(pixels))
+    torch.testing.assert_close(model.encoder.from_patches(many, index), model.encode(pixels))
 
 
 @pytest.mark.parametrize("lines_shape", [(5, 8, 8), (3, 2, 7), (1, 1, 1)])
@@ -272,7 +272,7 @@ def test_slow_features_tell_what_stays_and_nothing_of_what_comes_and_goes():
     seen = encoder.look_slowly(patches / 255)
     far = torch.cdist(seen, seen)
     assert max(far[0, 1], far[2, 3]) < 0.05 and 1 < far[:2, 2:].min()   # 0, 1 | 2, 3: the kinds
-    static = F.normalize(encoder.from_patches(patches / 255, index.flatten(0, 1))[0][:, 48:], dim=1)
+    static = F.normalize(encoder.from_patches(patches / 255, index.flatten(0, 1))[:, 48:], dim=1)
     cosine = (static @ static.T).view(50, 3, 50, 3)
     assert cosine.diagonal(dim1=0, dim2=2).min() > 0.98 > 0.9 > cosine[0, :, 1:].max()
 
@@ -285,7 +285,9 @@ def test_slow_features_by_hand():
     new = lambda x: (1 - share**2).sqrt() * stays + share * x  # noqa: E731
     x = torch.cat([new(now), new(then)], 1).flatten(0, -2) * torch.tensor([1, 1, 5])
     index = torch.arange(len(x)).view(64, 2, 50, 50)
-    slow = slow_features(x, torch.full((len(x),), 1 / len(x)).double(), index, 3)
+    slow, fast = slow_features(x, torch.full((len(x),), 1 / len(x)).double(), index, 3)
+    left = (x @ fast).square().sum(0) / x.square().sum(0)   # 0, a quarter and all of the directions
+    torch.testing.assert_close(left, torch.tensor([0, 0.25, 1]).double(), atol=0.02, rtol=0)
     gains = torch.linalg.svdvals(slow)
     assert gains[0] / gains[1] == pytest.approx(2, rel=0.02) and gains[2] < 0.01 * gains[0]
     assert (x @ slow).square().sum(1).mean() == pytest.approx(1, rel=1e-6)

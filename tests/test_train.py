@@ -111,10 +111,13 @@ def effects(contents):
     features = model.encoder.look_slowly(to_float(data.tiles))
     maps = model.dynamics.tell(static_before).exp().mT @ model.dynamics.kinds
     shown = torch.cdist(maps.flatten(0, 1), features).argmin(1)
+    mobile = start.encoder.mobility(to_float(data.tiles))[data.frame_tiles[now].long()]
+    mobile = np.divmod(mobile.flatten(1).argmax(1).numpy(), mobile.shape[-1])[::-1]     # x, y
     untrained = train_jepa.validate(start, data, held_out)
     found = {
         **contents["history"][-1], "untrained": untrained["hit@1"],
         "pointing": np.mean((np.stack(at, 1) == data.agent_pos[t]).all(1)),
+        "mobile": np.mean((np.stack(mobile, 1) == data.agent_pos[t]).all(1)),
         "map": (kinds.argmax(1)[shown] == cells[t].flatten()).float().mean().item(),
         "smooth": F.cosine_similarity(moving, after).mean().item(),
         "ends": model.dynamics.ending(maps[cells[t] == 8]).mean().item(),
@@ -137,6 +140,7 @@ def test_the_recipe_predicts_far_better_than_copying_or_an_untrained_model(whole
     assert whole["hit@1"] > 0.85
     assert max(whole["copy"], whole["untrained"]) < 0.3
     assert whole["cos"] > 0.97 and whole["z_std"] > 0.3 and whole["rank"] > 8
+    assert whole["mobile"] > 0.99  # where patches hold most of what comes and goes, there it is
 
 
 # effect: (value that the whole recipe exceeds, value that it does not reach without a part)
@@ -229,7 +233,7 @@ def uninterrupted(few, tmp_path_factory):
 def test_all_that_is_trained_changes(uninterrupted):
     first, second = (epoch["model"] for epoch in uninterrupted[:2])
     fixed = {f"{which}.{name}" for which in ("encoder", "target_encoder")
-             for name in ("fixed.weight", "fixed.bias", "average", "slow", "usual")}
+             for name in ("fixed.weight", "fixed.bias", "average", "slow", "fast", "usual")}
     fixed |= {"dynamics.kinds", "dynamics.log_share"}
     assert {name for name in first if not torch.equal(first[name], second[name])
             } == first.keys() - fixed

@@ -166,8 +166,7 @@ class ConvEncoder(nn.Module):
     def mobility(self, patches):
         """(P, C, p, p) -> (P,): how much there is in a patch of what comes and goes. As light is
         in many places and the agent in one, it is the agent's patch that is far from average."""
-        fast = (self.look(self.fixed, patches) - self.average) @ self.fast
-        return fast.square().sum(1)
+        return ((self.look(self.fixed, patches) - self.average) @ self.fast).square().sum(1)
 
     def forward(self, obs):
         return self.from_patches(*cut(obs, self.patch_size))
@@ -204,8 +203,8 @@ class LatentDynamics(nn.Module):
     first (as DRAW does: Gregor et al. 2015): `to_place` points at the place of what moves, `to_map`
     unfolds the static part into a map, and attention over its 3 x 3 places around that one, asked
     by what moves, reports `report_dim` numbers to the MLP. "The way ahead is free" is then one rule
-    for all places. From what stands at the place itself, `ending` tells whether
-    the episode is over (the continue predictor of DreamerV2), after which nothing changes.
+    for all places. From what stands at the place itself, `ending` tells whether the episode is over
+    (the continue predictor of DreamerV2), after which nothing changes.
 
     The static part passes through as it is, unless the MLP says that another kind of patch than
     before stands at one of the nine places: a key that is picked up is gone. Then it is written

@@ -318,7 +318,7 @@ def window_starts(transitions, length, episodes=None):
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
     ones of this batch, index (B, T+1, h, w) int64 into them, steps (B, T) int64, the numbers of
-    the transitions, actions (B, T) int64, and over (B,) bool: was the last one `terminated`?
+    the transitions, and actions (B, T) int64.
 
     An epoch has as many windows as `windows_per_episode` says, and what it draws depends on `seed`,
     the epoch and `errors`. Half of a batch is of episodes in random order, one window of each. The
@@ -355,8 +355,6 @@ class WindowBatches:
         data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])
         order = np.concatenate([rng.permutation(len(self.first)) for _ in range(self.passes)])
         visits = self.first[order] + rng.integers(self.count[order])    # numbers of starts
-        ended = data.dones.new_zeros(len(data)) if data.terminated is None else data.terminated
-        ended = torch.as_tensor(ended, device=data.actions.device)
         for b in range(len(self)):
             visited = visits[b * self.batch_size :][: self.batch_size]
             largest = F.max_pool1d(self.errors[None], self.window, stride=1)[0].numpy()
@@ -367,7 +365,7 @@ class WindowBatches:
             frames = torch.cat([data.obs_index[t], data.next_obs_index[t[:, -1:]]], 1)
             tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
             yield {"patches": data.tiles[tiles.long()], "index": index, "steps": t,
-                   "actions": data.actions[t], "over": ended[t[:, -1]]}
+                   "actions": data.actions[t]}
 
 
 def sample_patches(transitions, episodes, seed):
@@ -378,6 +376,23 @@ def sample_patches(transitions, episodes, seed):
     size = min(8192, max(1, most // (5 * transitions.frame_tiles[0].numel())))
     batch = next(iter(WindowBatches(transitions, episodes, window, size, seed, 10)))
     return batch["patches"], batch["index"]
+
+
+def sample_steps(transitions, episodes, most=5000):
+    """All steps that ended an episode (`terminated`) and about `most` others, evenly spread ->
+    patches (P, 3, p, p) uint8, the distinct ones, index (N, 2, h, w) into them, over (N,) bool, and
+    how many steps each stands for (N,)."""
+    steps = window_starts(transitions, 1, episodes)
+    over = np.zeros(len(steps), bool)
+    if transitions.terminated is not None:
+        over = transitions.terminated[steps]
+    stride = (~over).sum() // most + 1
+    ends, others = steps[over], steps[~over][::stride]
+    t = torch.from_numpy(np.append(ends, others))
+    frames = torch.stack([transitions.obs_index[t], transitions.next_obs_index[t]], 1)
+    tiles, index = transitions.frame_tiles[frames].unique(return_inverse=True)
+    over = torch.arange(len(t)) < len(ends)
+    return transitions.tiles[tiles.long()], index, over, torch.where(over, 1.0, float(stride))
 
 
 def main():

@@ -30,6 +30,7 @@ from minigrid_dataset import (
     WindowBatches,
     load_transitions,
     sample_patches,
+    sample_steps,
     split_by_episode,
     to_float,
     window_starts,
@@ -57,12 +58,11 @@ LATENT_DIM = 128
 MOVING_DIM = 48            # dims of what changes within an episode; the rest hold what stays
 VALIDATION_FRACTION = 0.05  # share of the episodes that is held out
 SEED = 0
-# L = prediction + places + spread + smoothness + pointing + ending: see world_model_jepa.py
+# L = prediction + places + spread + smoothness + pointing: see world_model_jepa.py
 PLACES_WEIGHT = 1.0        # the static part, and the dynamics, tell what stands where
 SPREAD_WEIGHT = 1.0        # against collapse: within episodes (moving), over layouts (static)
 SMOOTHNESS_WEIGHT = 1.0    # the moving part changes little from frame to frame
 POINTING_WEIGHT = 1.0      # the dynamics look at the place of what moves
-ENDING_WEIGHT = 1.0        # the dynamics know where an episode is over
 
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 100            # batches
@@ -71,8 +71,8 @@ RULES = {  # what the settings may be: (kind, least, most)
     "LEARNING_RATE": (float, 1e-9, 1), "EMA_MOMENTUM": (float, 0, 0.999999),
     "LATENT_DIM": (int, 2, 10**5), "MOVING_DIM": (int, 1, 10**5),
     "VALIDATION_FRACTION": (float, 1e-9, 0.9), "SEED": (int, 0), **dict.fromkeys(
-        ("PLACES_WEIGHT", "SPREAD_WEIGHT", "SMOOTHNESS_WEIGHT", "POINTING_WEIGHT",
-         "ENDING_WEIGHT"), (float, 0, 1e9))}
+        ("PLACES_WEIGHT", "SPREAD_WEIGHT", "SMOOTHNESS_WEIGHT", "POINTING_WEIGHT"),
+        (float, 0, 1e9))}
 
 
 # ----------------------------------------------------------------------------- 1. Settings and data
@@ -133,6 +133,7 @@ def new_model(data, episodes):
         latent_dim=LATENT_DIM, num_actions=data.num_actions, image_size=data.image_size,
         patch_size=data.patch_size, moving_dim=MOVING_DIM)
     model.start_from(*sample_patches(data, episodes, SEED))
+    model.find_ends(*sample_steps(data, episodes))
     return model
 
 
@@ -160,7 +161,7 @@ def train(path, device):
     batches = new_batches(data, train_episodes)
     losses, weights = Losses(model), {
         "prediction": 1, "places": PLACES_WEIGHT, "spread": SPREAD_WEIGHT,
-        "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT, "ending": ENDING_WEIGHT}
+        "smoothness": SMOOTHNESS_WEIGHT, "pointing": POINTING_WEIGHT}
     if dist.is_initialized():
         losses = DistributedDataParallel(losses, find_unused_parameters=OBJECTIVE == "byol")
     optimizer, schedule = new_optimizer(model, batches)

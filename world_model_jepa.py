@@ -8,7 +8,7 @@
 A latent has two parts of equal norm: the moving part tells all in which the states of an episode
 differ, the static part is a map of what stays until it is moved or opened. The objective:
 
-    L = prediction + places + spread + smoothness + pointing + ending
+    L = prediction + places + spread + smoothness + pointing
 
 This module reads and writes nothing but checkpoints.
 """
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 11
+CHECKPOINT_FORMAT = 12
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
@@ -203,8 +203,7 @@ class LatentDynamics(nn.Module):
     first (as DRAW does: Gregor et al. 2015): `to_place` points at the place of what moves, `to_map`
     unfolds the static part into a map, and attention over its 3 x 3 places around that one, asked
     by what moves, reports `report_dim` numbers to the MLP. "The way ahead is free" is then one rule
-    for all places. From what stands at the place itself, `ending` tells whether the episode is over
-    (the continue predictor of DreamerV2), after which nothing changes.
+    for all places. Where what stands at the place itself `ends` an episode, nothing changes.
 
     The static part passes through as it is, unless the MLP says that another kind of patch than
     before stands at one of the nine places: a key that is picked up is gone. Then it is written
@@ -225,8 +224,7 @@ class LatentDynamics(nn.Module):
         self.value = nn.Linear(features, report_dim)
         self.register_buffer("kinds", torch.zeros(kinds, features))     # see choose_kinds
         self.register_buffer("log_share", torch.zeros(kinds))
-        self.ending = nn.Linear(features, 1)
-        nn.init.constant_(self.ending.bias, -5)         # rare (as Lin et al. 2017)
+        self.register_buffer("ends", torch.zeros(kinds, dtype=torch.bool))  # see find_ends
         self.mlp = nn.Sequential(
             nn.Linear(moving_dim + action_dim + report_dim, hidden_dim),
             nn.LayerNorm(hidden_dim), nn.SiLU(),
@@ -252,6 +250,7 @@ class LatentDynamics(nn.Module):
         share = torch.zeros(len(chosen), len(x)).index_put_((nearest, torch.arange(len(x))), share)
         self.log_share = share.sum(1).add_(1e-6).log_()
         self.kinds = share @ x / share.sum(1, keepdim=True)
+        self.ends = torch.zeros(len(chosen), dtype=torch.bool)
         return len(chosen)
 
     def parts(self, z):
@@ -315,12 +314,13 @@ class LatentDynamics(nn.Module):
         return F.normalize(self.codebook(code), dim=-1), seen + change.unflatten(-1, (9, -1))
 
     def nearest_kind(self, x):
-        """(..., features) -> (..., features)"""
-        return self.kinds[(2 * x @ self.kinds.T - self.kinds.square().sum(1)).argmax(-1)]
+        """(..., features) -> (...) int64"""
+        return (2 * x @ self.kinds.T - self.kinds.square().sum(1)).argmax(-1)
 
     def write(self, static, maps, place, seen, after, lay_out):
         """Static part (..., S), once what stood at `place` as in `seen` is what `step` says."""
-        change = self.nearest_kind(after) - self.nearest_kind(seen)     # (..., 9, features)
+        after, seen = self.nearest_kind(after), self.nearest_kind(seen)         # (..., 9)
+        change = self.kinds[after] - self.kinds[seen]                   # (..., 9, features)
         some = change.any(-1).any(-1)                                   # (...)
         static = static.expand(*some.shape, -1)
         if some.any():
@@ -343,7 +343,7 @@ class LatentDynamics(nn.Module):
         hidden = (rows[..., :, None] * columns[..., None, :]).flatten(-2)       # (..., 9)
         around = torch.where(hidden[..., None] > 0.5, seen, around)
         written = self.write(static, maps, place, seen, around, lay_out)
-        over = self.ending(seen[..., 4, :]) > 0                         # (..., 1)
+        over = self.ends[self.nearest_kind(seen[..., 4:5, :])]          # (..., 1)
         return join(torch.where(over, moving, after), torch.where(over, static, written))
 
 
@@ -383,6 +383,21 @@ class JEPAWorldModel(nn.Module):
         self.arguments["kinds"] = self.dynamics.choose_kinds(
             *self.encoder.start_from(patches, index))
         self.target_encoder.load_state_dict(self.encoder.state_dict())
+
+    @torch.no_grad()
+    def find_ends(self, patches, index, over, weight):
+        """Notes which kinds of patch end an episode: where, more often than not, it was over once
+        what moves had come to stand on them (as DreamerV2's continue predictor, but counted).
+
+        patches (P, C, p, p) uint8, index (N, 2, h, w) into them: the frames of N steps, over (N,)
+        bool, weight (N,): see sample_steps."""
+        kind, mobility = map(torch.cat, zip(*(
+            (self.dynamics.nearest_kind(self.encoder.look_slowly(some)), self.encoder.mobility(some))
+            for some in (part / 255 for part in patches.split(4096)))))
+        place = mobility[index[:, 1]].flatten(1).argmax(1, keepdim=True)    # (N, 1)
+        under = kind[index[:, 0].flatten(1).gather(1, place)[:, 0]]         # what it hides now
+        sign = torch.where(over, weight, -weight)
+        self.dynamics.ends = torch.zeros(len(self.dynamics.ends)).index_add_(0, under, sign) > 0
 
     def encode(self, obs):
         """(B, 3, H, W) float in [0, 1] -> (B, latent_dim), unit norm, by the online encoder."""
@@ -454,7 +469,7 @@ class ReconstructionWorldModel(JEPAWorldModel):
 MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, ReconstructionWorldModel)}
 
 
-# -------------- 4. The objective: L = prediction + places + spread + smoothness + pointing + ending
+# ----------------------- 4. The objective: L = prediction + places + spread + smoothness + pointing
 class Losses(nn.Module):
     """compute_losses of a model, as a module: what DistributedDataParallel wraps."""
 
@@ -481,9 +496,9 @@ def compute_losses(model, batch):
     """A batch of windows -> {term: scalar}, and the prediction errors (B, T) without gradient.
 
     batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, T+1, h, w) that puts
-    the windows' frames together from them; actions (B, T); over (B,): did the last one end the
-    episode? An error is the squared distance of two unit-norm latents: 0 to 4, and latent_dim times
-    the mean squared error that is logged (of reconstruction, that of pixels is logged).
+    the windows' frames together from them; actions (B, T). An error is the squared distance of two
+    unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is logged (of
+    reconstruction, that of pixels is logged).
     """
     patches, index, actions = batch["patches"] / 255, batch["index"], batch["actions"]
     B, T = actions.shape
@@ -519,11 +534,10 @@ def compute_losses(model, batch):
             "prediction": weigh_by_error(error) + 0.1 * unforeseen,
             "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
             "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
-    moving = moving.detach()  # pointing and ending do not train the encoder
     changes = weigh_by_error((around - then).square().sum((-1, -2)))
+    mobility = model.encoder.mobility(patches)[index]                               # (B, T+1, h, w)
     return {**terms, "places": places(dynamics.tell(static[:, 0]), true, index[:, 0]) + changes,
-            "pointing": pointing(dynamics, moving, model.encoder.mobility(patches)[index]),
-            "ending": ending(dynamics, moving[:, -1], maps[:, -2], batch["over"])}, error.detach()
+            "pointing": pointing(dynamics, moving.detach(), mobility)}, error.detach()
 
 
 def add_noise(moving, most=0.6):
@@ -582,16 +596,6 @@ def pointing(dynamics, moving, mobility):
     told = dynamics.to_place(moving).split(dynamics.grid, -1)
     return sum(weigh_by_error(F.cross_entropy(x.flatten(0, 1), true.flatten(), reduction="none"))
                for x, true in zip(told, (place // width, place % width)))
-
-
-def ending(dynamics, moving, maps, over):
-    """Teaches the dynamics where an episode is over.
-
-    moving (B, M), maps (B, h, w, features) of the frame before, since what moves hides what it
-    stands on, over (B,) bool -> mean cross-entropy, weighted by error."""
-    here = dynamics.glimpse(dynamics.point(moving), maps)[:, 4]         # (B, features)
-    odds = dynamics.ending(here)[:, 0]
-    return weigh_by_error(F.binary_cross_entropy_with_logits(odds, over.float(), reduction="none"))
 
 
 # ----------------------------- 5. What a latent is worth: three numbers that the loss does not show

@@ -140,6 +140,9 @@ class PlainModel(JEPAWorldModel):
     def start_from(self, patches, index):
         """Nothing to do: usual filters."""
 
+    def find_ends(self, *steps):
+        """Nothing to do."""
+
     def coordinates(self, z):
         return z
 

@@ -379,21 +379,19 @@ def known_windows(arrays, batches):
     """Checks each window of a pass against the arrays -> [start, ...]."""
     starts = []
     for batch in batches:
-        assert batch.keys() == {"patches", "index", "actions", "steps", "over"}
+        assert batch.keys() == {"patches", "index", "actions", "steps"}
         B, T = batch["actions"].shape
         assert batch["index"].shape == (B, T + 1, 4, 5)
         assert batch["index"].dtype == batch["actions"].dtype == torch.int64
         # Distinct patches, all of this batch and no others.
         assert len(batch["patches"].unique(dim=0)) == len(batch["patches"])
         assert torch.equal(batch["index"].unique(), torch.arange(len(batch["patches"])))
-        for maps, actions, steps, over in zip(batch["index"], batch["actions"].tolist(),
-                                              batch["steps"].tolist(), batch["over"].tolist(),
-                                              strict=True):
+        for maps, actions, steps in zip(batch["index"], batch["actions"].tolist(),
+                                        batch["steps"].tolist(), strict=True):
             pixels = md.join_tiles(batch["patches"], maps).permute(0, 2, 3, 1).numpy()
             t = actions[0]
             assert actions == steps == list(range(t, t + T))
             assert len({*arrays["episode"][steps]}) == 1
-            assert over == arrays["terminated"][steps[-1]]
             assert np.array_equal(pixels[:-1], arrays["obs"][steps])
             assert np.array_equal(pixels[-1], arrays["next_obs"][steps[-1]])
             starts.append(t)
@@ -421,10 +419,25 @@ def test_half_of_a_batch_is_drawn_by_the_last_errors(windowed):
     assert shares[0] < 0.3 and shares[1] > 0.5
 
 
+def test_sampled_steps_are_all_that_ended_an_episode_and_others_with_their_weights(windowed):
+    arrays, data = windowed
+    episodes = [0, 1, 3, 5, 7]
+    of = np.flatnonzero(np.isin(arrays["episode"], episodes))
+    patches, index, over, weight = md.sample_steps(data, episodes, most=5)
+    ended = of[arrays["terminated"][of]]
+    others = np.setdiff1d(of, ended)
+    stride = len(others) // 5 + 1
+    steps = np.append(ended, others[::stride])
+    assert over.sum() == len(ended) == 2 and over[:2].all()
+    assert weight.tolist() == [1] * 2 + [stride] * (len(steps) - 2)
+    for k, key in enumerate(("obs", "next_obs")):
+        shown = md.join_tiles(patches, index[:, k]).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_array_equal(shown, arrays[key][steps])
+
+
 def test_a_file_without_terminated_has_no_ends(tmp_path):
     data = md.load_transitions(save(tmp_path / "a.npz", five(make_arrays(lengths=LENGTHS))))
-    batches = md.WindowBatches(data, range(8), 2, 4, 0, windows_per_episode=50)
-    assert not any(batch["over"].any() for batch in batches)
+    assert not md.sample_steps(data, range(8))[2].any()
 
 
 def test_window_order_is_a_function_of_seed_and_epoch(windowed):

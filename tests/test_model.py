@@ -54,7 +54,7 @@ def batch(B=4, T=3, seed=0):
     """What compute_losses takes."""
     patches, index, _ = images(B * (T + 1), seed)
     return {"patches": (255 * patches).byte(), "index": index.unflatten(0, (B, T + 1)),
-            "actions": torch.randint(7, (B, T)), "over": torch.arange(B) % 2 == 0}
+            "actions": torch.randint(7, (B, T))}
 
 
 @pytest.fixture(params=list(MODELS))
@@ -150,7 +150,9 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
 def test_where_an_episode_is_over_nothing_changes_any_more():
     torch.manual_seed(0)
     model, z = JEPAWorldModel(), join(torch.randn(3, 48), torch.randn(3, 80))
-    model.dynamics.ending.forward = lambda seen: torch.tensor([[0.1], [-0.1], [-9.0]])
+    model.dynamics.nearest_kind = lambda seen: torch.tensor([2, 1, 0])[:, None].expand(
+        seen.shape[:-1])
+    model.dynamics.ends[2] = True
     after = model.predict_next(z, torch.arange(3))
     torch.testing.assert_close(after[0], z[0])
     assert F.cosine_similarity(after, z)[1:].max() < 0.9
@@ -354,7 +356,7 @@ def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
     assert model.encoder.fixed.weight.grad is None
     without = ["change.0"]  # as the layer behind it begins at 0
     if objective != "jepa":
-        without += ["to_map", "to_place", "change.2", "ending"]
+        without += ["to_map", "to_place", "change.2"]
     for name, p in model.named_parameters():
         if p.requires_grad and not any(layer in name for layer in without):
             assert p.grad is not None and p.grad.any(), name
@@ -386,19 +388,24 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     torch.testing.assert_close(terms["prediction"], by_hand, rtol=1e-3, atol=1e-5)
 
 
-def test_ends_are_learnt_from_what_stood_there_before(monkeypatch):
-    """On the last frame the agent may hide the goal that it has reached."""
+def test_a_kind_ends_episodes_where_they_mostly_end_once_what_moves_hides_it():
+    """Patches of one colour each: 3 is what moves, and comes to stand on 0, 1 or 2."""
     torch.manual_seed(0)
-    model, windows, given = JEPAWorldModel(), batch(), []
-    dynamics, index = model.dynamics, windows["index"]
-    dynamics.kinds, dynamics.log_share = torch.randn(4, 8), torch.zeros(4)
-    monkeypatch.setattr(world_model_jepa, "ending", lambda *its: given.append(its) or its[1].sum())
-    compute_losses(model, windows)
-    shown = dynamics.draw_map(dynamics.assign(model.encoder.look_slowly(
-        windows["patches"] / 255).T))
-    torch.testing.assert_close(given[0][2], shown[index[:, -2]])
-    last = model.encode(join_tiles(windows["patches"] / 255, index[:, -1]))
-    torch.testing.assert_close(given[0][1], dynamics.parts(last)[0], rtol=1e-3, atol=1e-4)
+    model, patches = JEPAWorldModel(), torch.tensor([0, 80, 160, 255], dtype=torch.uint8)
+    patches = patches[:, None, None, None].expand(4, 3, 8, 8)
+    model.start_from(patches, torch.randint(3, (50, 2, 8, 8)))
+    model.encoder.mobility = lambda patches: (patches.mean((1, 2, 3)) > 0.9).float()
+    model.dynamics.kinds = model.encoder.look_slowly(patches / 255)
+    model.dynamics.ends = torch.zeros(4, dtype=torch.bool)
+    index = torch.randint(3, (30, 1, 8, 8)).repeat(1, 2, 1, 1)
+    index[:, 0, 2, 5] = torch.arange(30) % 3
+    index[:, 1, 2, 5] = 3
+    over = torch.arange(30) % 3 == 1                # always on 1; on 2, for 4 of 10
+    over[[2, 5, 8, 11]] = True
+    model.find_ends(patches, index, over, torch.ones(30))
+    assert model.dynamics.ends.tolist() == [False, True, False, False]
+    model.find_ends(patches, index, over, torch.where(over, 2.0, 1.0))  # 8 to 6
+    assert model.dynamics.ends.tolist() == [False, True, True, False]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that processes cost no imports")

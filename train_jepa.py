@@ -49,7 +49,8 @@ from world_model_jepa import (
 
 # ------------------------------------------------------------------------- Settings: edit and rerun
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 6                 # of four fifths as many transitions as the data have
+EPOCHS = 4                 # of four fifths as many transitions as the data have, or
+MIN_BATCHES = 250          # so many batches: few data are gone through more often
 BATCH_SIZE = 64            # windows a batch
 WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
@@ -67,8 +68,9 @@ POINTING_WEIGHT = 1.0      # the dynamics look at the place of what moves
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 100            # batches
 RULES = {  # what the settings may be: (kind, least, most)
-    "EPOCHS": (int, 1, 10**6), "BATCH_SIZE": (int, 2, 10**6), "WINDOW": (int, 2, 10**4),
-    "LEARNING_RATE": (float, 1e-9, 1), "EMA_MOMENTUM": (float, 0, 0.999999),
+    "EPOCHS": (int, 1, 10**6), "MIN_BATCHES": (int, 1, 10**6), "BATCH_SIZE": (int, 2, 10**6),
+    "WINDOW": (int, 2, 10**4), "LEARNING_RATE": (float, 1e-9, 1),
+    "EMA_MOMENTUM": (float, 0, 0.999999),
     "LATENT_DIM": (int, 2, 10**5), "MOVING_DIM": (int, 1, 10**5),
     "VALIDATION_FRACTION": (float, 1e-9, 0.9), "SEED": (int, 0), **dict.fromkeys(
         ("PLACES_WEIGHT", "SPREAD_WEIGHT", "SMOOTHNESS_WEIGHT", "POINTING_WEIGHT"),
@@ -138,9 +140,11 @@ def new_model(data, episodes):
 
 
 def new_batches(data, episodes):
-    """Windows, in an epoch about as many as hold all transitions once."""
+    """Windows, in an epoch about as many as hold all transitions once, or MIN_BATCHES of them."""
     passes = max(1, len(data) // (WINDOW * len(set(data.episode))))
-    return WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
+    batches = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
+    batches.passes = max(passes, math.ceil(MIN_BATCHES * BATCH_SIZE / len(batches.first)))
+    return batches
 
 
 def new_optimizer(model, batches):

@@ -14,6 +14,7 @@ import train_jepa  # noqa: E402
 
 REST = {"epoch": 1, "history": [], "settings": {}, "data": {}}  # what a checkpoint has to hold
 
+train_jepa.MIN_BATCHES = 1  # few data are for quick tests
 torch.set_num_threads(1)  # two oversubscribe a busy machine and are no faster on small worlds
 
 

@@ -344,6 +344,17 @@ def test_tiny_data_train(small, monkeypatch, episodes, constants):
     assert contents["epoch"] == constants["EPOCHS"] and load_checkpoint(small)
 
 
+@pytest.mark.parametrize("least", [1, 9, 40])
+def test_few_data_are_gone_through_more_often(few, monkeypatch, least):
+    monkeypatch.setattr(train_jepa, "MIN_BATCHES", least)
+    data = load_transitions(few)
+    episodes = split_by_episode(data, 0.05, 0)[0]
+    batches = train_jepa.new_batches(data, episodes)
+    once = len(data) // len(set(data.episode)) // train_jepa.WINDOW * len(episodes) // 64
+    assert max(least, once) <= len(batches) <= max(least, once) + len(episodes)
+    assert len(list(batches)) == len(batches)
+
+
 # ------------------------------------------------------------------------------------------- data
 def test_a_missing_file_is_collected_only_where_it_is_the_collectors_own(small, monkeypatch,
                                                                          capsys):
@@ -429,7 +440,7 @@ def torchrun(folder, **constants):
 
 
 def test_two_processes_print_the_losses_of_one(small, monkeypatch, capsys):
-    constants = {"EPOCHS": 2, "LOG_EVERY": 2, "BATCH_SIZE": 16, "WINDOW": 5}
+    constants = {"EPOCHS": 2, "LOG_EVERY": 2, "BATCH_SIZE": 16, "WINDOW": 5, "MIN_BATCHES": 2}
     for name, value in constants.items():
         monkeypatch.setattr(train_jepa, name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

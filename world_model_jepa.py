@@ -201,9 +201,9 @@ class LatentDynamics(nn.Module):
     Whether the agent can step ahead depends on what stands there. A plain MLP would learn that for
     each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics look
     first (as DRAW does: Gregor et al. 2015): `to_place` points at the place of what moves, `to_map`
-    unfolds the static part into a map, and attention over its 3 x 3 places around that one, asked
-    by what moves, reports `report_dim` numbers to the MLP. "The way ahead is free" is then one rule
-    for all places. Where what stands at the place itself `ends` an episode, nothing changes.
+    unfolds the static part into a map, and its 3 x 3 places around that one are shown to the MLP.
+    "The way ahead is free" is then one rule for all places. Where what stands at the place itself
+    `ends` an episode, nothing changes.
 
     The static part passes through as it is, unless the MLP says that another kind of patch than
     before stands at one of the nine places: a key that is picked up is gone. Then it is written
@@ -211,7 +211,7 @@ class LatentDynamics(nn.Module):
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
-                 features=8, kinds=32, groups=16, classes=32, action_dim=16, report_dim=4):
+                 features=8, kinds=32, groups=16, classes=32, action_dim=16):
         super().__init__()
         static_dim = latent_dim - moving_dim
         self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
@@ -220,13 +220,11 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim // 2, sum(grid)))
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
-        self.query = nn.Linear(moving_dim, 9 * report_dim)
-        self.value = nn.Linear(features, report_dim)
         self.register_buffer("kinds", torch.zeros(kinds, features))     # see choose_kinds
         self.register_buffer("log_share", torch.zeros(kinds))
         self.register_buffer("ends", torch.zeros(kinds, dtype=torch.bool))  # see find_ends
         self.mlp = nn.Sequential(
-            nn.Linear(moving_dim + action_dim + report_dim, hidden_dim),
+            nn.Linear(moving_dim + action_dim + 9 * features, hidden_dim),
             nn.LayerNorm(hidden_dim), nn.SiLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.SiLU(),
             nn.Linear(hidden_dim, groups * classes))
@@ -291,12 +289,6 @@ class LatentDynamics(nn.Module):
         near = torch.einsum("...nh,...hwf->...nwf", rows, maps)         # (..., 3, w, features)
         return torch.einsum("...mw,...nwf->...nmf", columns, near).flatten(-3, -2)
 
-    def report(self, moving, seen):
-        """(..., M), glimpse (..., 9, features) -> (..., report_dim). Attention with a head for each
-        number, whose weights depend on what moves alone: as a rule, on where the agent faces."""
-        weight = self.query(moving).unflatten(-1, (9, -1)).softmax(-2)  # (..., 9, report_dim)
-        return F.softsign((weight * self.value(seen)).sum(-2))
-
     def step(self, moving, seen, maps, action):
         """(..., M), glimpse (..., 9, features) of maps (..., h, w, features), (...) -> next moving
         part (..., M), unit norm, and what then stands at the 3 x 3 places (..., 9, features). For
@@ -307,10 +299,9 @@ class LatentDynamics(nn.Module):
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
         moving, action, total, seen = (x.expand(*shape, *x.shape[x.ndim - k:]) for x, k in (
             (moving, 1), (action, 1), (total, 1), (seen, 2)))
-        logits = self.mlp(torch.cat([moving, self.report(moving, seen), action], -1))
-        code = logits.unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
-        change = self.change(torch.cat(
-            [moving.detach(), action.detach(), total, seen.flatten(-2)], -1))
+        known = torch.cat([moving, action, seen.flatten(-2)], -1)
+        code = self.mlp(known).unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
+        change = self.change(torch.cat([known.detach(), total], -1))
         return F.normalize(self.codebook(code), dim=-1), seen + change.unflatten(-1, (9, -1))
 
     def nearest_kind(self, x):
@@ -391,9 +382,10 @@ class JEPAWorldModel(nn.Module):
 
         patches (P, C, p, p) uint8, index (N, 2, h, w) into them: the frames of N steps, over (N,)
         bool, weight (N,): see sample_steps."""
-        kind, mobility = map(torch.cat, zip(*(
-            (self.dynamics.nearest_kind(self.encoder.look_slowly(some)), self.encoder.mobility(some))
-            for some in (part / 255 for part in patches.split(4096)))))
+        parts = [part / 255 for part in patches.split(4096)]
+        mobility = torch.cat([self.encoder.mobility(part) for part in parts])
+        kind = torch.cat([self.dynamics.nearest_kind(self.encoder.look_slowly(part))
+                          for part in parts])
         place = mobility[index[:, 1]].flatten(1).argmax(1, keepdim=True)    # (N, 1)
         under = kind[index[:, 0].flatten(1).gather(1, place)[:, 0]]         # what it hides now
         sign = torch.where(over, weight, -weight)
@@ -548,9 +540,9 @@ def add_noise(moving, most=0.6):
 
 
 def weigh_by_error(error):
-    """Mean of errors, each weighted by its own square root: one transition in 300 goes through a
-    gap, and a model that is sure of a blocked way there would lose next to nothing."""
-    weight = (error.detach() + 1e-3).sqrt()
+    """Mean of errors, each weighted by itself: one transition in 300 goes through a gap, and a
+    model that is sure of a blocked way there would lose next to nothing."""
+    weight = error.detach() + 1e-3
     return (error * weight).sum() / weight.sum()
 
 

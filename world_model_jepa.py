@@ -213,7 +213,7 @@ class LatentDynamics(nn.Module):
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
                  features=8, kinds=32, groups=16, classes=32, action_dim=16):
         super().__init__()
-        static_dim = latent_dim - moving_dim
+        static_dim, self.local = latent_dim - moving_dim, True  # a step leads to one of nine places
         self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
         self.to_place = nn.Sequential(
             nn.Linear(moving_dim, hidden_dim // 2), nn.SiLU(),
@@ -335,6 +335,8 @@ class LatentDynamics(nn.Module):
         around = torch.where(hidden[..., None] > 0.5, seen, around)
         written = self.write(static, maps, place, seen, around, lay_out)
         over = self.ends[self.nearest_kind(seen[..., 4:5, :])]          # (..., 1)
+        if self.local and not self.training:  # what seems to be elsewhere was not understood
+            over = over | (hidden.sum(-1, keepdim=True) < 0.5)
         return join(torch.where(over, moving, after), torch.where(over, static, written))
 
 
@@ -435,6 +437,10 @@ class BYOLWorldModel(JEPAWorldModel):
     pointers. It collapses, since what is the same for all images is easiest to predict."""
 
     objective = "byol"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.dynamics.local = False  # as far as its pointers know
 
 
 class ReconstructionWorldModel(JEPAWorldModel):

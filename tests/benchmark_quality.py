@@ -158,7 +158,7 @@ class OwnModel(JEPAWorldModel):
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
-        self.target_encoder = self.encoder
+        self.target_encoder, self.dynamics.local = self.encoder, False
         self.inverse = mlp(2 * self.latent_dim, 256, 256, self.arguments["num_actions"])
 
     def coordinates(self, z):

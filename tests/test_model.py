@@ -97,7 +97,7 @@ def test_latents_have_unit_norm_and_two_parts_of_equal_norm(model):
 
 
 def test_the_dynamics_pass_the_static_part_on_and_change_the_moving_part(model):
-    z = model.encode(images(5)[2])
+    z, model.dynamics.local = model.encode(images(5)[2]), False
     after, m = model.predict_next(z, torch.arange(5)), model.moving_dim
     torch.testing.assert_close(after[:, m:], z[:, m:])
     assert (after[:, :m] - z[:, :m]).abs().amax(1).min() > 1e-3
@@ -156,6 +156,22 @@ def test_where_an_episode_is_over_nothing_changes_any_more():
     after = model.predict_next(z, torch.arange(3))
     torch.testing.assert_close(after[0], z[0])
     assert F.cosine_similarity(after, z)[1:].max() < 0.9
+
+
+@pytest.mark.parametrize("far, stays", [(0, False), (1, False), (2, True), (-2, True)])
+def test_a_step_that_seems_to_lead_past_the_nine_places_is_not_taken(far, stays):
+    torch.manual_seed(0)
+    model, z = JEPAWorldModel().eval(), join(torch.randn(3, 48), torch.randn(3, 80))
+    places = iter([4, 4 + far])
+
+    def point(moving):
+        column, row = (F.one_hot(torch.tensor(at), 8).float() for at in (3, next(places)))
+        return [torch.stack([F.pad(x, (i, -i)) for i in (-1, 0, 1)]).expand(len(z), 3, 8)
+                for x in (row, column)]
+
+    model.dynamics.point = point
+    after = model.predict_next(z, torch.arange(3))
+    assert torch.allclose(after, z, atol=1e-5) == stays
 
 
 def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():

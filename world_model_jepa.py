@@ -213,7 +213,8 @@ class LatentDynamics(nn.Module):
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
                  features=8, kinds=32, groups=16, classes=32, action_dim=16):
         super().__init__()
-        static_dim, self.local = latent_dim - moving_dim, True  # a step leads to one of nine places
+        static_dim = latent_dim - moving_dim
+        self.local = True       # a step leads to one of the nine places around what moves
         self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
         self.to_place = nn.Sequential(
             nn.Linear(moving_dim, hidden_dim // 2), nn.SiLU(),

@@ -49,8 +49,8 @@ from world_model_jepa import (
 
 # ------------------------------------------------------------------------- Settings: edit and rerun
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 4                 # of four fifths as many transitions as the data have, or
-MIN_BATCHES = 250          # so many batches: few data are gone through more often
+EPOCHS = 2                 # of four fifths as many transitions as the data have, or
+MIN_BATCHES = 500          # so many batches: few data are gone through more often
 BATCH_SIZE = 64            # windows a batch
 WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
@@ -63,7 +63,7 @@ SEED = 0
 PLACES_WEIGHT = 1.0        # the static part, and the dynamics, tell what stands where
 SPREAD_WEIGHT = 1.0        # against collapse: within episodes (moving), over layouts (static)
 SMOOTHNESS_WEIGHT = 1.0    # the moving part changes little from frame to frame
-POINTING_WEIGHT = 1.0      # the dynamics look at the place of what moves
+POINTING_WEIGHT = 0.02     # the dynamics look at the place of what moves, and latents hold it
 
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 100            # batches

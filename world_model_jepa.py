@@ -536,7 +536,7 @@ def compute_losses(model, batch):
     changes = weigh_by_error((around - then).square().sum((-1, -2)))
     mobility = model.encoder.mobility(patches)[index]                               # (B, T+1, h, w)
     return {**terms, "places": places(dynamics.tell(static[:, 0]), true, index[:, 0]) + changes,
-            "pointing": pointing(dynamics, moving.detach(), mobility)}, error.detach()
+            "pointing": pointing(dynamics, moving, mobility)}, error.detach()
 
 
 def add_noise(moving, most=0.6):
@@ -585,7 +585,8 @@ def places(told, true, index):
 
 def pointing(dynamics, moving, mobility):
     """Teaches the dynamics where to look: what moves is where a frame's patches hold most of what
-    comes and goes.
+    comes and goes. The encoder learns from it too, a little, or it may give two places one latent,
+    as a gap in a wall, seldom entered, and the place before it.
 
     moving (B, T+1, M), mobility (B, T+1, h, w) -> cross-entropies of row and column, averaged with
     weights by error.

@@ -59,7 +59,7 @@ from world_model_jepa import (  # noqa: E402
 SEEDS = (1, 2, 3)         # of the runs that are reported
 TUNING_SEED = 100         # of the search
 EPOCHS = train_jepa.EPOCHS
-TUNING_EPOCHS = 2
+TUNING_EPOCHS = 1
 RATES = {"plain": (1e-3, 3e-3), "own": (2e-3, 5e-3)}        # searched with 3 weights
 LONE_RATES = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)           # searched where there is no weight
 STEPS = (1, 10, 20)       # ahead, in the table; settings are chosen by the mean over these and 5

@@ -392,6 +392,13 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     torch.testing.assert_close(terms["prediction"], by_hand, rtol=1e-3, atol=1e-5)
 
 
+def test_pointing_keeps_places_apart_in_the_encoder_too():
+    torch.manual_seed(0)
+    model = JEPAWorldModel()
+    compute_losses(model, batch())[0]["pointing"].backward()
+    assert model.encoder.moving.weight.grad.any() and model.encoder.static.weight.grad is None
+
+
 def test_a_kind_ends_episodes_where_they_mostly_end_once_what_moves_hides_it():
     """Patch 3 is what moves, and comes to stand on 0, 1 or 2."""
     torch.manual_seed(0)

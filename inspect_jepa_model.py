@@ -35,6 +35,7 @@ from minigrid_dataset import (
     join_tiles,
     load_transitions,
     sample_patches,
+    sample_steps,
     split_by_episode,
     to_float,
 )
@@ -617,7 +618,9 @@ def inspect(device):
     world["windows"] = cut_windows(world, MAX_WINDOWS)
     torch.manual_seed(0)
     untrained = type(first)(**first.arguments)
-    untrained.start_from(*sample_patches(data, np.unique(data.episode), 0))  # as training begins
+    episodes = np.unique(data.episode)
+    untrained.start_from(*sample_patches(data, episodes, 0))  # as training begins
+    untrained.find_ends(*sample_steps(data, episodes))
     encoders = {**models, "untrained": untrained.to(device).eval()}
     same = SimpleNamespace(encode=first.encode_target, encode_target=first.encode_target,
                            predict_next=lambda z, action: z)

@@ -49,8 +49,8 @@ from world_model_jepa import (
 
 # ------------------------------------------------------------------------- Settings: edit and rerun
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
-EPOCHS = 2                 # of four fifths as many transitions as the data have, or
-MIN_BATCHES = 500          # so many batches: few data are gone through more often
+EPOCHS = 3                 # of about as many transitions as the data have, or at least
+MIN_BATCHES = 350          # so many batches: few data are gone through more often
 BATCH_SIZE = 64            # windows a batch
 WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
@@ -63,7 +63,7 @@ SEED = 0
 PLACES_WEIGHT = 1.0        # the static part, and the dynamics, tell what stands where
 SPREAD_WEIGHT = 1.0        # against collapse: within episodes (moving), over layouts (static)
 SMOOTHNESS_WEIGHT = 1.0    # the moving part changes little from frame to frame
-POINTING_WEIGHT = 0.02     # the dynamics look at the place of what moves, and latents hold it
+POINTING_WEIGHT = 0.01     # the dynamics look at the place of what moves, and latents hold it
 
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 100            # batches
@@ -141,9 +141,9 @@ def new_model(data, episodes):
 
 def new_batches(data, episodes):
     """Windows, in an epoch about as many as hold all transitions once, or MIN_BATCHES of them."""
-    passes = max(1, len(data) // (WINDOW * len(set(data.episode))))
-    batches = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED, passes)
-    batches.passes = max(passes, math.ceil(MIN_BATCHES * BATCH_SIZE / len(batches.first)))
+    batches = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED)
+    windows = max(len(data) // WINDOW, MIN_BATCHES * BATCH_SIZE)
+    batches.passes = max(1, round(windows / len(batches.first)))
     return batches
 
 
@@ -291,7 +291,8 @@ def validate(model, data, episodes):
     online = encode_frames(model, data, used[first])
     target = encode_frames(model, data, used[first], target=True)
     others = (episode[:, None] == episode) & (before[:, None] != before)
-    cosines = (target[before] @ target[before].T)[others].sort().values
+    unit = F.normalize(target[before], dim=1)
+    cosines = (unit @ unit.T)[others].sort().values
     if len(cosines):
         model.same_state.fill_((2 + cosines[int(0.9999 * (len(cosines) - 1))]) / 3)
     predicted = model.predict_next(online[before], data.actions[starts])
@@ -326,11 +327,14 @@ def plot_history(path, history):
 
 def join_processes():
     """Where torchrun started this process: joins the others, and takes its own GPU if it has one.
-    Raises DataError where the batches cannot be divided among so many."""
+    Raises DataError where GPUs or batches cannot be divided among so many."""
     if not dist.is_torchelastic_launched():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= count:
+            raise DataError(f"this machine has {count} GPUs: start {count} processes, no more")
+        torch.cuda.set_device(own)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if BATCH_SIZE % dist.get_world_size():
         raise DataError(f"BATCH_SIZE is {BATCH_SIZE}, which {dist.get_world_size()} processes "

@@ -5,8 +5,8 @@
     z = model.encode(obs)                   # (B, 3, H, W) in [0, 1] -> (B, 128), unit norm
     z_next = model.predict_next(z, action)  # the latent one action later, no pixel in between
 
-A latent has two parts of equal norm: the moving part tells all in which the states of an episode
-differ, the static part is a map of what stays until it is moved or opened. The objective:
+A latent has two parts of equal norm: the moving part tells where and how what moves is, the static
+part is a map of all else, which stays until it is moved or opened. The objective:
 
     L = prediction + places + spread + smoothness + pointing
 
@@ -205,7 +205,7 @@ class LatentDynamics(nn.Module):
     "The way ahead is free" is then one rule for all places. Where what stands at the place itself
     `ends` an episode, nothing changes.
 
-    The static part passes through as it is, unless the MLP says that another kind of patch than
+    The static part passes through as it is, unless `change` says that another kind of patch than
     before stands at one of the nine places: a key that is picked up is gone. Then it is written
     into the map, and the encoder's own linear map makes a static part of it (`lay_out`).
     """
@@ -310,7 +310,7 @@ class LatentDynamics(nn.Module):
         return (2 * x @ self.kinds.T - self.kinds.square().sum(1)).argmax(-1)
 
     def write(self, static, maps, place, seen, after, lay_out):
-        """Static part (..., S), once what stood at `place` as in `seen` is what `step` says."""
+        """-> static part (..., S), once the places around `place` show `after` and not `seen`."""
         after, seen = self.nearest_kind(after), self.nearest_kind(seen)         # (..., 9)
         change = self.kinds[after] - self.kinds[seen]                   # (..., 9, features)
         some = change.any(-1).any(-1)                                   # (...)
@@ -381,7 +381,7 @@ class JEPAWorldModel(nn.Module):
     @torch.no_grad()
     def find_ends(self, patches, index, over, weight):
         """Notes which kinds of patch end an episode: where, more often than not, it was over once
-        what moves had come to stand on them (as DreamerV2's continue predictor, but counted).
+        what moves had come to stand on them (as DreamerV2's discount predictor, but counted).
 
         patches (P, C, p, p) uint8, index (N, 2, h, w) into them: the frames of N steps, over (N,)
         bool, weight (N,): see sample_steps."""
@@ -445,9 +445,9 @@ class BYOLWorldModel(JEPAWorldModel):
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
-    """The same encoder and dynamics, trained by decoding pixels instead: `decode` maps latents to
-    images through the mirror image of the encoder's patch convolution. There is no EMA: the online
-    encoder is its own target."""
+    """The same encoder and dynamics, but pixels are predicted in place of latents: `decode` maps
+    latents to images through the mirror image of the encoder's patch convolution. There is no EMA:
+    the online encoder is its own target."""
 
     objective = "reconstruction"
 
@@ -512,7 +512,7 @@ def compute_losses(model, batch):
     predicted = join(after, dynamics.write(
         static[:, :-1], maps[:, :-1], place, seen, around, model.encoder.lay_out))
     if model.objective == "reconstruction":
-        static = static.detach()                            # its latents are for pixels alone
+        static = static.detach()                            # pixels alone shape it
         frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         decoded, error = ((model.decode(x.flatten(0, 1)) - y.flatten(0, 1)).square().mean(
             (1, 2, 3)) for x, y in ((z, frames), (predicted, frames[:, 1:])))

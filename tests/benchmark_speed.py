@@ -289,7 +289,8 @@ def bench_feeding(folder):
     """256 transitions at a time: as dicts of pixels, and as the maps that train_jepa.py takes."""
     arrays = dict(np.load(folder / "plain.npz"))
     data = minigrid_dataset.load_transitions(folder / "plain.npz")
-    windows = minigrid_dataset.WindowBatches(data, np.unique(data.episode), 8, 32, 0, 10)
+    windows = minigrid_dataset.WindowBatches(data, np.unique(data.episode),
+                                            train_jepa.WINDOW, train_jepa.BATCH_SIZE, 0, 10)
     ours = minigrid_dataset.make_dataloader(folder / "plain.npz", 256)
     loaders = [DataLoader(PlainDataset(arrays), 256, shuffle=True), ours, windows]
     plain, pixels, maps = zip(*[[
@@ -466,7 +467,7 @@ def bench_scale(folder):
             "import numpy as np, train_jepa as t\nbegan = time.time()\n"
             "data = d.load_transitions(c.data_path())\nloaded = time.time()\n"
             "episodes = np.unique(data.episode)\nmodel = t.new_model(data, episodes)\n"
-            "batches = t.new_batches(data, episodes)\n"
+            "t.MIN_BATCHES = 1\nbatches = t.new_batches(data, episodes)\n"
             "losses, (optimizer, _) = t.Losses(model), t.new_optimizer(model, batches)\n"
             "for batch in batches:\n"
             "    terms, errors = losses(batch)\n"
@@ -477,7 +478,8 @@ def bench_scale(folder):
     print(f"\n{'transitions':>12} {'pixels':>10} {'collect s':>10} {'MB':>6} {'load s':>8} "
           f"{'a pass s':>9} {'MB':>6}")
     for scale, tile in [*((n, 4) for n in SCALES), (SCALES[0], 8), (SCALES[0], 16)]:
-        edit(folder, "collect_minigrid_data.py", NUM_EPISODES=scale // 20, TILE_SIZE=tile)
+        episodes = scale // collect_minigrid_data.MAX_STEPS_PER_EPISODE
+        edit(folder, "collect_minigrid_data.py", NUM_EPISODES=episodes, TILE_SIZE=tile)
         collecting, collect_mb = run(folder, "collect_minigrid_data.py")
         run(folder, "-c", code)
         count, load, train, mb = map(float, (folder / "log").read_text().split()[-4:])

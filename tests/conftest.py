@@ -47,6 +47,7 @@ def workshop(tmp_path, monkeypatch):
     monkeypatch.setattr(collect_minigrid_data, "ENV_ID", "MiniGrid-Empty-5x5-v0")
     monkeypatch.setattr(collect_minigrid_data, "DATA_FILE", str(tmp_path / "data.npz"))
     monkeypatch.setattr(collect_minigrid_data, "NUM_EPISODES", 60)
+    monkeypatch.setattr(collect_minigrid_data, "MAX_STEPS_PER_EPISODE", 10)
     monkeypatch.setattr(collect_minigrid_data, "NUM_WORKERS", 1)
     monkeypatch.setattr(train_jepa, "HERE", tmp_path)
     collect_minigrid_data.main()

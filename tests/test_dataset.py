@@ -471,7 +471,6 @@ def test_no_window_is_an_error(windowed):
 
 
 def test_a_window_is_no_longer_than_the_longest_episode(windowed):
-    """Past a terminal state it would run on for as long as it is asked to."""
     _, data = windowed
     md.WindowBatches(data, range(8), max(LENGTHS), 2, 0)
     with pytest.raises(md.DataError, match=f"has no {max(LENGTHS) + 1} steps of one episode"):

@@ -8,7 +8,7 @@
 A latent has two parts of equal norm: the moving part tells where and how what moves is, the static
 part is a map of all else, which stays until it is moved or opened. The objective:
 
-    L = prediction + places + spread + smoothness + pointing
+    L = prediction + places + spread + smoothness + 0.01 pointing
 
 This module reads and writes nothing but checkpoints.
 """

@@ -344,6 +344,18 @@ def test_tiny_data_train(small, monkeypatch, episodes, constants):
     assert contents["epoch"] == constants["EPOCHS"] and load_checkpoint(small)
 
 
+def test_the_planners_threshold_does_not_depend_on_the_length_of_latents(few):
+    data = load_transitions(few)
+    episodes = split_by_episode(data, 0.05, 0)[0]
+    model = train_jepa.new_model(data, episodes)
+    target, thresholds = model.target_encoder.from_patches, []
+    for length in (1, 10):
+        model.target_encoder.from_patches = lambda *its: length * target(*its)
+        train_jepa.validate(model, data, episodes)
+        thresholds.append(model.same_state.item())
+    assert thresholds[0] == pytest.approx(thresholds[1], abs=1e-5) and 0.5 < thresholds[0] < 1
+
+
 @pytest.mark.parametrize("least", [1, 9, 40])
 def test_few_data_are_gone_through_more_often(few, monkeypatch, least):
     monkeypatch.setattr(train_jepa, "MIN_BATCHES", least)

@@ -352,6 +352,7 @@ def compare(world, models):
     torch.manual_seed(SEED)
     jepa = models["JEPA"]
     untrained = type(jepa)(**jepa.arguments).to(pick_device()).eval()
+    untrained.dynamics.local = False  # as far as its pointers know
     tasks = [make_task(world, n) for n in tqdm(range(NUM_TASKS), "tasks", leave=False)]
     few, useful = tasks[:CONTROL_TASKS], sorted({a for t in tasks for a in t.oracle})
     policies = {

@@ -468,7 +468,7 @@ class ReconstructionWorldModel(JEPAWorldModel):
 MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, ReconstructionWorldModel)}
 
 
-# ----------------------- 4. The objective: L = prediction + places + spread + smoothness + pointing
+# ------------------ 4. The objective: L = prediction + places + spread + smoothness + 0.01 pointing
 class Losses(nn.Module):
     """compute_losses of a model, as a module: what DistributedDataParallel wraps."""
 

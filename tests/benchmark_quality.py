@@ -13,8 +13,8 @@ the functions of inspect_jepa_model.py and plan_with_jepa.py.
 
 All train as train_jepa.py does, with its draws of windows, numbers of steps and schedule. The
 objectives of world_model_jepa.py are the default, reconstruction, and BYOL over `own`. Over `own`,
-a peer's dynamics look at a map, and by pointers, that its loss leaves as they began, and it has no
-memory.
+a peer's dynamics look at a map, and by pointers, that its loss leaves as they began, and write
+nothing.
 
 Writes data/benchmark_quality.json, a row for each run. What is there is not done again as long as
 the data, the settings and, for `own`, world_model_jepa.py are the same; delete it after an edit of

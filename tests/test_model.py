@@ -392,7 +392,7 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     torch.testing.assert_close(terms["prediction"], by_hand, rtol=1e-3, atol=1e-5)
 
 
-def test_pointing_keeps_places_apart_in_the_encoder_too():
+def test_pointing_teaches_the_moving_part_and_not_the_static_one():
     torch.manual_seed(0)
     model = JEPAWorldModel()
     compute_losses(model, batch())[0]["pointing"].backward()

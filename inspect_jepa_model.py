@@ -313,9 +313,10 @@ def score_simulator(model, world, tile_size, device, layouts=50, draws=9):
         env.reset(seed=collect.env_seed(world["seed"], layout))
         it.np_random = np.random.default_rng((layout, draw))
         actions = np.random.default_rng(layout).choice(len(odds), HORIZON, p=odds).tolist()
+        over = False
         for action in (None, *actions):
-            if action is not None:
-                env.step(action)
+            if not (over or action is None):
+                over = env.step(action)[2]
             if not world["fast"]:
                 image = it.get_frame(highlight=it.highlight, tile_size=tile_size)
             seen.append(recorder.look(it, 0, image)[0])
@@ -363,13 +364,13 @@ def softmax_probe(z, y, num_classes):
     """Multinomial logistic regression -> predict, a function from (M, D) to classes (M, parts).
 
     z (N, D) latents, y (N, parts) int64 classes: an independent softmax for each part. It learns
-    slowly unless latents are whitened. Directions with less than 1e-6 of the largest variance are
-    left out: scaled up by more than 1,000, what imagined latents hold of them would drown the rest.
+    slowly unless latents are whitened. Directions with less than 1e-4 of the largest variance are
+    left out: scaled up by more than 100, what imagined latents hold of them would drown the rest.
     """
     centre, parts = z.mean(0), y.shape[1]
     centred = (z - centre).cpu().double()
     variance, axes = torch.linalg.eigh(centred.T @ centred / len(z))
-    kept = variance > 1e-6 * variance[-1]
+    kept = variance > 1e-4 * variance[-1]
     white = (axes[:, kept] / variance[kept].sqrt()).float().to(z.device)
 
     def scores(z, weights):

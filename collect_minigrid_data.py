@@ -57,7 +57,7 @@ from zlib_ng import zlib_ng
 # Settings: edit and rerun
 ENV_ID = "MiniGrid-FourRooms-v0"  # MiniGrid-*, BabyAI-*, or your own: "my_module:MyWorld-v0"
 NUM_EPISODES = 20000              # one layout each: many short episodes beat few long ones
-MAX_STEPS_PER_EPISODE = 8         # our own cap; the environment's is 100 in FourRooms
+MAX_STEPS_PER_EPISODE = 7         # our own cap; the environment's is 100 in FourRooms
 TILE_SIZE = 4                     # pixels per grid cell: FourRooms is 19 x 19 cells, 76 x 76 pixels
 SEED = 0                          # episode e is decided by (SEED, e) alone
 NUM_WORKERS = 2                   # threads that draw frames while others are compressed

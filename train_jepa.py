@@ -51,8 +51,8 @@ from world_model_jepa import (
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, which collapses
 EPOCHS = 3                 # of about as many transitions as the data have, or at least
 MIN_BATCHES = 350          # so many batches: few data are gone through more often
-BATCH_SIZE = 64            # windows a batch
-WINDOW = 4                 # transitions a window: WINDOW + 1 frames are encoded
+BATCH_SIZE = 128           # windows a batch
+WINDOW = 2                 # transitions a window: WINDOW + 1 frames are encoded
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
 EMA_MOMENTUM = 0.99        # of the target encoder, per step
 LATENT_DIM = 128
@@ -149,8 +149,9 @@ def new_batches(data, episodes):
 
 def new_optimizer(model, batches):
     """-> AdamW, and its one-cycle schedule over EPOCHS."""
+    # The usual beta2, 0.999, would keep what is seldom seen from being learnt.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  LEARNING_RATE, weight_decay=1e-4, fused=True)
+                                  LEARNING_RATE, (0.9, 0.95), weight_decay=1e-4, fused=True)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=max(EPOCHS * len(batches), 20), pct_start=0.1)
 

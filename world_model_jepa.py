@@ -160,20 +160,19 @@ class ConvEncoder(nn.Module):
         return F.relu(F.layer_norm(x, x.shape[1:]))
 
     def look_slowly(self, patches):
-        """(P, C, p, p) -> slow features (P, features), 0 for the average."""
-        return (self.look(self.fixed, patches) - self.average) @ self.slow
-
-    def mobility(self, patches):
-        """(P, C, p, p) -> (P,): how much there is in a patch of what comes and goes. As light is
-        in many places and the agent in one, it is the agent's patch that is far from average."""
-        return ((self.look(self.fixed, patches) - self.average) @ self.fast).square().sum(1)
+        """(P, C, p, p) -> slow features (P, features), 0 for the average, and mobility (P,): how
+        much there is of what comes and goes. As light is in many places and the agent in one, it is
+        the agent's patch that is far from average."""
+        x = self.look(self.fixed, patches) - self.average
+        return x @ self.slow, (x @ self.fast).square().sum(1)
 
     def forward(self, obs):
         return self.from_patches(*cut(obs, self.patch_size))
 
-    def from_patches(self, patches, index):
+    def from_patches(self, patches, index, slow=None):
         """Images put together from patches (P, C, p, p) as index (B, h, w) says -> their latents
-        (B, latent_dim). The moving part sees the maxima of each row and of each column.
+        (B, latent_dim). The moving part sees the maxima of each row and of each column. slow
+        (P, features), if they are known already: see look_slowly.
 
         A batch of MiniGrid frames has 100,000 patches but a few dozen distinct ones, and each is
         looked at once.
@@ -181,8 +180,8 @@ class ConvEncoder(nn.Module):
         x = self.look(self.convolution, patches)                        # (P, channels)
         profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)
         moving = self.moving(profiles.flatten(1))
-        shown = F.embedding(index.flatten(1), self.look_slowly(patches)).flatten(1)
-        return join(moving, self.lay_out(shown))
+        slow = self.look_slowly(patches)[0] if slow is None else slow
+        return join(moving, self.lay_out(F.embedding(index.flatten(1), slow).flatten(1)))
 
     def lay_out(self, shown):
         """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm."""
@@ -220,6 +219,7 @@ class LatentDynamics(nn.Module):
             nn.Linear(moving_dim, hidden_dim // 2), nn.SiLU(),
             nn.Linear(hidden_dim // 2, sum(grid)))
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
+        self.to_map.weight.data *= 5                                    # see tell
         self.action_embedding = nn.Embedding(num_actions, action_dim)
         self.register_buffer("kinds", torch.zeros(kinds, features))     # see choose_kinds
         self.register_buffer("log_share", torch.zeros(kinds))
@@ -257,8 +257,10 @@ class LatentDynamics(nn.Module):
         return [x * math.sqrt(2 * x.shape[-1]) for x in z.split(self.split, -1)]
 
     def tell(self, static):
-        """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where?"""
-        return self.assign(self.to_map(static).unflatten(-1, (-1, math.prod(self.grid))))
+        """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where? With
+        Adam, weights five times as large, of what is a fifth, learn at a fifth of the rate: else
+        rare things in rare places, as doors, are not told."""
+        return self.assign(self.to_map(static / 5).unflatten(-1, (-1, math.prod(self.grid))))
 
     def assign(self, x):
         """Slow features (..., features, N) -> log-probabilities of the kinds (..., kinds, N), by
@@ -385,10 +387,9 @@ class JEPAWorldModel(nn.Module):
 
         patches (P, C, p, p) uint8, index (N, 2, h, w) into them: the frames of N steps, over (N,)
         bool, weight (N,): see sample_steps."""
-        parts = [part / 255 for part in patches.split(4096)]
-        mobility = torch.cat([self.encoder.mobility(part) for part in parts])
-        kind = torch.cat([self.dynamics.nearest_kind(self.encoder.look_slowly(part))
-                          for part in parts])
+        looks = [self.encoder.look_slowly(part / 255) for part in patches.split(4096)]
+        slow, mobility = map(torch.cat, zip(*looks))
+        kind = self.dynamics.nearest_kind(slow)
         place = mobility[index[:, 1]].flatten(1).argmax(1, keepdim=True)    # (N, 1)
         under = kind[index[:, 0].flatten(1).gather(1, place)[:, 0]]         # what it hides now
         sign = torch.where(over, weight, -weight)
@@ -480,15 +481,15 @@ class Losses(nn.Module):
         return compute_losses(self.model, batch)
 
 
-def encode_shared(encoder, patches, index):
+def encode_shared(encoder, patches, index, slow):
     """from_patches, each process encoding its rows of the batch. Gradients flow through, so that
     every process has the losses and gradients of the whole batch."""
     if not dist.is_initialized():
-        return encoder.from_patches(patches, index)
+        return encoder.from_patches(patches, index, slow)
     world = dist.get_world_size()
     rows = torch.arange(-(-len(index) // world) * world, device=index.device) % len(index)
     own = index[rows].chunk(world)[dist.get_rank()]  # equal shares: the first frames twice
-    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own)))[:len(index)]
+    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, slow)))[:len(index)]
 
 
 def compute_losses(model, batch):
@@ -501,10 +502,11 @@ def compute_losses(model, batch):
     """
     patches, index, actions = batch["patches"] / 255, batch["index"], batch["actions"]
     B, T = actions.shape
-    z = encode_shared(model.encoder, patches, index.flatten(0, 1)).unflatten(0, (B, T + 1))
+    slow, mobility = model.encoder.look_slowly(patches)     # (P, features), (P,)
+    z = encode_shared(model.encoder, patches, index.flatten(0, 1), slow).unflatten(0, (B, T + 1))
     moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
     dynamics, noisy = model.dynamics, add_noise(moving[:, :-1])
-    true = dynamics.assign(model.encoder.look_slowly(patches).T)        # (kinds, P)
+    true = dynamics.assign(slow.T)                          # (kinds, P)
     maps = F.embedding(index, dynamics.draw_map(true))                  # (B, T+1, h, w, features)
     place = dynamics.point(noisy)
     seen, then = (dynamics.glimpse(place, some) for some in (maps[:, :-1], maps[:, 1:]))
@@ -520,7 +522,8 @@ def compute_losses(model, batch):
         error = error.view(B, T) * z.shape[-1]
     else:
         with torch.no_grad():
-            target = encode_shared(model.target_encoder, patches, index[:, 1:].flatten(0, 1))
+            target = encode_shared(
+                model.target_encoder, patches, index[:, 1:].flatten(0, 1), slow)
         error = (predicted - target.unflatten(0, (B, T))).square().sum(-1)              # (B, T)
         if model.objective == "byol":
             return {"prediction": error.mean()}, error.detach()
@@ -534,9 +537,8 @@ def compute_losses(model, batch):
             "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
             "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
     changes = weigh_by_error((around - then).square().sum((-1, -2)))
-    mobility = model.encoder.mobility(patches)[index]                               # (B, T+1, h, w)
     return {**terms, "places": places(dynamics.tell(static[:, 0]), true, index[:, 0]) + changes,
-            "pointing": pointing(dynamics, moving, mobility)}, error.detach()
+            "pointing": pointing(dynamics, moving, mobility[index])}, error.detach()
 
 
 def add_noise(moving, most=0.6):

@@ -275,7 +275,7 @@ def test_slow_features_tell_what_stays_and_nothing_of_what_comes_and_goes():
     torch.manual_seed(0)
     encoder, (_, _, patches, index) = ConvEncoder(), looks()
     encoder.start_from(patches, index)
-    seen = encoder.look_slowly(patches / 255)
+    seen = encoder.look_slowly(patches / 255)[0]
     far = torch.cdist(seen, seen)
     assert max(far[0, 1], far[2, 3]) < 0.05 and 1 < far[:2, 2:].min()   # 0, 1 | 2, 3: the kinds
     static = F.normalize(encoder.from_patches(patches / 255, index.flatten(0, 1))[:, 48:], dim=1)
@@ -305,7 +305,7 @@ def test_zero_is_the_average_of_what_the_static_part_sees(model):
     model.start_from(patches, index)
     seen = model.encoder.look(model.encoder.fixed, patches / 255)[index].flatten(0, 3)
     torch.testing.assert_close(model.encoder.average, seen.mean(0), rtol=1e-4, atol=1e-5)
-    seen = model.encoder.look_slowly(patches / 255)[index[:, 0]].flatten(1, 2)
+    seen = model.encoder.look_slowly(patches / 255)[0][index[:, 0]].flatten(1, 2)
     torch.testing.assert_close(model.encoder.usual, seen.mean(0), rtol=1e-4, atol=1e-5)
     if model.objective != "reconstruction":
         frames = torch.rand(3, 3, 64, 64)
@@ -378,7 +378,7 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     assert seen[0].shape == (4, 3)                                  # the others are other terms'
     torch.testing.assert_close(errors, seen[0].detach())
     unlike = []                             # the prediction's distance from the online latents
-    shown = model.dynamics.draw_map(model.dynamics.assign(model.encoder.look_slowly(patches).T))
+    shown = model.dynamics.draw_map(model.dynamics.assign(model.encoder.look_slowly(patches)[0].T))
     for t in range(3):
         obs, after = (join_tiles(patches, index[:, k]) for k in (t, t + 1))
         moving, static = model.dynamics.parts(model.encode(obs))
@@ -405,8 +405,9 @@ def test_a_kind_ends_episodes_where_they_mostly_end_once_what_moves_hides_it():
     model, patches = JEPAWorldModel(), torch.randint(200, (4, 3, 8, 8), dtype=torch.uint8)
     patches[3] = 255
     model.start_from(patches, torch.randint(3, (50, 2, 8, 8)))
-    model.encoder.mobility = lambda patches: (patches.mean((1, 2, 3)) > 0.9).float()
-    model.dynamics.kinds = model.encoder.look_slowly(patches / 255)
+    slow = model.encoder.look_slowly(patches / 255)[0]
+    model.encoder.look_slowly = lambda patches: (slow, (patches.mean((1, 2, 3)) > 0.9).float())
+    model.dynamics.kinds = slow
     model.dynamics.ends = torch.zeros(4, dtype=torch.bool)
     index = torch.randint(3, (30, 1, 8, 8)).repeat(1, 2, 1, 1)
     index[:, 0, 2, 5] = torch.arange(30) % 3
@@ -481,9 +482,7 @@ def test_a_static_part_that_knows_the_layout_tells_the_places():
     model.start_from(windows["patches"], index)
     with torch.no_grad():
         model.dynamics.kinds *= 20
-        plain = model.encoder.look_slowly
-        model.encoder.look_slowly = lambda patches: 20 * plain(patches)
-        truth = model.dynamics.assign(model.encoder.look_slowly(patches).T)
+        truth = model.dynamics.assign(20 * model.encoder.look_slowly(patches)[0].T)
         told = truth.T[index[:, 0].flatten(1)].mT                       # (B, kinds, h * w)
         found = [places(x, truth, index[:, 0]) for x in (
             told, torch.zeros_like(told).log_softmax(-2), told.roll(1, 0))]

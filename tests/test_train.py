@@ -108,11 +108,11 @@ def effects(contents):
     cells = torch.from_numpy(data.grid[..., 0]).mT.flatten(1).long()    # (N, h * w)
     tiles = data.frame_tiles[data.obs_index].flatten(1).long()
     kinds = torch.stack([F.one_hot(cells[tiles == i], 9).sum(0) for i in range(len(data.tiles))])
-    features = model.encoder.look_slowly(to_float(data.tiles))
+    features = model.encoder.look_slowly(to_float(data.tiles))[0]
     maps = model.dynamics.tell(static_before).exp().mT @ model.dynamics.kinds
     ends = model.dynamics.ends[model.dynamics.nearest_kind(maps)]
     shown = torch.cdist(maps.flatten(0, 1), features).argmin(1)
-    mobile = start.encoder.mobility(to_float(data.tiles))[data.frame_tiles[now].long()]
+    mobile = start.encoder.look_slowly(to_float(data.tiles))[1][data.frame_tiles[now].long()]
     mobile = np.divmod(mobile.flatten(1).argmax(1).numpy(), mobile.shape[-1])[::-1]     # x, y
     untrained = train_jepa.validate(start, data, held_out)
     found = {
@@ -275,7 +275,7 @@ def test_killed_and_run_again_it_ends_bit_for_bit_as_if_uninterrupted(
 def test_what_lies_in_the_way_is_kept_aside(small, monkeypatch, capsys, no_picture):
     monkeypatch.setattr(train_jepa, "EPOCHS", 1)
     steps = [("it is finished", {}), ("SEED was 0, now 1", {"SEED": 1}),
-             ("WINDOW was 4, now 6", {"WINDOW": 6}), ("it cannot be read", None),
+             ("WINDOW was 2, now 6", {"WINDOW": 6}), ("it cannot be read", None),
              ("the data was", {"DATA_FILE": str(small.parent / "other.npz")})]
     train_jepa.main()
     for number, (reason, constants) in enumerate(steps, 1):
@@ -332,7 +332,7 @@ def test_numbers_of_numpy_and_whole_floats_become_plain_numbers(small, monkeypat
 
 @pytest.mark.parametrize("episodes, constants", [
     (20, {"EPOCHS": 10}), (2, {"EPOCHS": 1}), (4, {"EPOCHS": 2, "BATCH_SIZE": 2}),
-    (7, {"EPOCHS": 2, "BATCH_SIZE": 3}), (20, {"EPOCHS": 1, "WINDOW": 2})])
+    (7, {"EPOCHS": 2, "BATCH_SIZE": 3}), (20, {"EPOCHS": 1, "WINDOW": 4})])
 def test_tiny_data_train(small, monkeypatch, episodes, constants):
     monkeypatch.setattr(collect, "NUM_EPISODES", episodes)
     monkeypatch.setattr(collect, "DATA_FILE", str(small.parent / "few.npz"))
@@ -362,7 +362,7 @@ def test_few_data_are_gone_through_more_often(few, monkeypatch, least):
     data = load_transitions(few)
     episodes = split_by_episode(data, 0.05, 0)[0]
     batches = train_jepa.new_batches(data, episodes)
-    once = len(data) / train_jepa.WINDOW / 64
+    once = len(data) / train_jepa.WINDOW / train_jepa.BATCH_SIZE
     assert len(batches) == pytest.approx(max(least, once), rel=0.15, abs=1)
     assert len(list(batches)) == len(batches)
 

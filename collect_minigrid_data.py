@@ -18,14 +18,12 @@ Writes: data/minigrid_<env>_random.npz next to this script, for plain `np.load`:
 
 The default file, of 160 thousand transitions, has 65 MB and unpacks to 5.5 GB.
 
-A frame of MiniGrid depends on (grid, agent position, direction) alone and is a mosaic of a few
-dozen distinct tiles. So the loop only steps and notes states, and frames are put together
-afterwards, many at a time. Worlds with a step or a frame of their own are rendered the stock way.
+A frame of MiniGrid is a mosaic of a few dozen tiles, decided by (grid, agent position, direction).
+So the loop only steps and notes states, and frames are put together afterwards, many at a time.
+Worlds with a step or a frame of their own are rendered the stock way.
 """
 
-import collections
 import contextlib
-import functools
 import itertools
 import json
 import numbers
@@ -86,10 +84,8 @@ TRANSITION = [("episode", np.int32), ("actions", np.int64), ("rewards", np.float
               ("state", int), ("next_state", int)]
 EMPTY = (1, 0, 0)                 # how grid.encode() writes an empty cell
 OBJECTS = WorldObj.__module__     # things of other modules may look like anything
-ONE_SIZE = f"images must be uint8 (H, W, 3) and of one size: choose another ENV_ID {EDIT}"
 NOT_OURS = "was not made by collect_minigrid_data.py"
-BLOCK_BYTES = 2**24               # of images that are collected in one go
-CHUNK_BYTES = 2**20               # of images rendered at once: they stay in the CPU's cache
+BLOCK_BYTES = 2**24               # of images in memory while the file is written
 ZLIB_LEVEL = 5                    # of zlib-ng: a fifth of savez's time, a tenth larger
 
 
@@ -130,11 +126,6 @@ def blame(env_id: str, error: Exception) -> str:
     return f"{env_id} fails ({text}): edit ENV_ID {EDIT}"
 
 
-def stock_env(env_id: str, tile_size: int) -> gym.Env:
-    """The environment in the stock wrappers: its observations are what the file holds."""
-    return ImgObsWrapper(RGBImgObsWrapper(registered_env(env_id), tile_size=tile_size))
-
-
 def is_plain(env: gym.Env) -> bool:
     """Does MiniGrid's own code decide the steps and frames of what registered_env gave? A class
     of the user's own may still draw grids and rewards, and have new names."""
@@ -145,6 +136,16 @@ def is_plain(env: gym.Env) -> bool:
             own |= {name for name in vars(kind) if not name.startswith("__")}
     own -= {"_gen_grid", "_reward", "metadata"}
     return isinstance(env, MiniGridEnv) and not any(hasattr(MiniGridEnv, name) for name in own)
+
+
+def fast_is_right(env_id: str, tile_size: int) -> bool:
+    """Are frames put together from tiles, rewards and flags those of the stock wrappers? What may
+    be otherwise later is told by is_plain, the rest is tried on two episodes."""
+    if not is_plain(registered_env(env_id)):
+        return False
+    fast, stock = (collect_episodes(env_id, range(2), 10, tile_size, 0, way)
+                   for way in (True, False))
+    return all(np.array_equal(fast[key], stock[key]) for key in stock)
 
 
 def make_env(env_id: str) -> MiniGridEnv:
@@ -175,57 +176,60 @@ def action_odds(env: gym.Env) -> np.ndarray:
 
 
 class Recorder:
-    """Numbers what an environment shows: grids, images and states, once each.
+    """Numbers what an environment shows: kinds of cells, grids, images and states, once each.
 
-    grids   {grid.encode() as bytes, row by row: number}
+    kinds   {what a cell encodes to: number}
+    grids   {kinds row by row, as bytes of uint16: number}
     images  {bytes, compressed: number} of the images that `look` was given
-    states  {(grid, x, y, direction, image or 0): number}, and `first_seen`, the (episode, type in
-            hand, its colour) with which each of them was met first
+    states  {(grid, x, y, direction, image or 0): number}
+    seen    [(*state, episode, type and colour in hand)], where each state was met first
     view    height and width of the grid and what else must not change: (agent_view_size, highlight,
             see_through_walls), or the shape of the images
     """
 
     def __init__(self):
-        self.grids, self.images, self.states, self.first_seen = {}, {}, {}, []
+        self.kinds, self.grids, self.images, self.states, self.seen = {}, {}, {}, {}, []
         self.cells, self.changing, self.codes, self.view = None, [], [], None
-
-    def learn(self, env, plain: bool):
-        """Note what is on the grid, and which of it can change in place (doors)."""
-        self.cells = list(env.grid.grid)
-        codes = [EMPTY if thing is None else thing.encode() for thing in self.cells]
-        self.grid = self.grids.setdefault(bytes(itertools.chain(*codes)), len(self.grids))
-        self.changing = [o for o in self.cells if o is not None and type(o) not in (Wall, Goal)]
-        self.codes = [thing.encode() for thing in self.changing]
-        if plain:
-            view = env.height, env.width, env.agent_view_size, env.highlight, env.see_through_walls
-            self.check(view, all(type(o).__module__ == OBJECTS for o in self.changing))
-
-    def check(self, view: tuple, good: bool):
-        self.view = self.view or view
-        if not good or view != self.view:
-            raise CollectError(ONE_SIZE)
 
     def look(self, env: MiniGridEnv, episode: int, image=None) -> tuple:
         """(Number of the state that `env` is in, type and colour in hand). Without an image,
         render_frames makes it; raises CollectError where that may go wrong."""
         # Lists compare by identity first, so this is quick, and it sees whatever was put or taken.
+        # What can change in place are doors.
         if env.grid.grid != self.cells or self.codes != [o.encode() for o in self.changing]:
-            self.learn(env, plain=image is None)
-        if image is not None:
+            self.cells = list(env.grid.grid)
+            codes = [EMPTY if o is None else tuple(o.encode()) for o in self.cells]
+            kinds = [self.kinds.setdefault(code, len(self.kinds)) for code in codes]
+            self.grid = self.grids.setdefault(np.uint16(kinds).tobytes(), len(self.grids))
+            self.changing = [o for o in self.cells if o is not None and type(o) not in (Wall, Goal)]
+            self.codes = [o.encode() for o in self.changing]
+        if image is None:
+            good = all(type(o).__module__ == OBJECTS for o in self.changing)
+            view = env.height, env.width, env.agent_view_size, env.highlight, env.see_through_walls
+        else:
             good = image.dtype == np.uint8 and image.shape[2:] == (3,)
-            self.check((env.height, env.width, *image.shape), good)
+            view = env.height, env.width, *image.shape
             image = self.images.setdefault(zlib.compress(image.tobytes(), 1), len(self.images))
-        x, y = env.agent_pos
+        self.view = self.view or view
+        if not good or view != self.view:
+            raise CollectError(f"images must be uint8 (H, W, 3) and of one size: choose another "
+                               f"ENV_ID {EDIT}")
         hand = (EMPTY if env.carrying is None else env.carrying.encode())[:2]
-        key = (self.grid, int(x), int(y), int(env.agent_dir), image or 0)
+        key = (self.grid, *map(int, (*env.agent_pos, env.agent_dir)), image or 0)
         state = self.states.setdefault(key, len(self.states))
-        if state == len(self.first_seen):
-            self.first_seen.append((episode, hand))
+        if state == len(self.seen):
+            self.seen.append((*key, episode, *hand))
         return state, hand
 
-    def all_grids(self) -> np.ndarray:
-        """(G, H, W, 3) uint8, encode() triples."""
-        return np.frombuffer(b"".join(self.grids), np.uint8).reshape(-1, *self.view[:2], 3)
+    def cells_of(self, grids) -> np.ndarray:
+        """Numbers of grids (K,) -> (K, H, W) uint16, numbers of kinds."""
+        known = list(self.grids)
+        cells = np.frombuffer(b"".join([known[grid] for grid in grids]), np.uint16)
+        return cells.reshape(-1, *self.view[:2])
+
+    def encode(self, grids) -> np.ndarray:
+        """Numbers of grids (K,) -> (K, W, H, 3) uint8, as grid.encode() has it."""
+        return np.array(list(self.kinds), np.uint8)[self.cells_of(grids).swapaxes(1, 2)]
 
 
 def draw_actions(rng, odds, length: int):
@@ -246,7 +250,7 @@ def choose(world: MiniGridEnv, action: int, interacts: bool) -> int:
     return action
 
 
-def step_episodes(env, episodes, max_steps: int, seed: int):
+def step_episodes(env, episodes, max_steps: int, seed: int) -> tuple:
     """Run the random policy. Returns (recorder, rows of TRANSITION, the states that the episodes'
     records begin with). Where episodes start in one place, or there are things to move or open,
     records begin after 0 to WARM_UP_STEPS unrecorded steps, and not so many that the environment
@@ -277,7 +281,6 @@ def step_episodes(env, episodes, max_steps: int, seed: int):
             rows.append((episode, action, reward, terminated, truncated, in_hand, before, state))
             if terminated or truncated:
                 break
-    recorder.cells, recorder.changing = None, []  # the worlds may be forgotten
     return recorder, np.array(rows, TRANSITION), first
 
 
@@ -311,24 +314,23 @@ def visible_cells(view, opaque: np.ndarray, x, y, direction) -> np.ndarray:
     return around[:, V:-V, V:-V]
 
 
-def render_frames(recorder: Recorder, tile_size: int):
-    """The frames of the recorder's states, as mosaics: tiles (K, H, W) into table (T, h, w, 3)
-    uint8. Images that the recorder was given are mosaics of one tile."""
-    grid, x, y, direction, image = np.array(list(recorder.states), np.int64).T
+def render_frames(recorder: Recorder, tile_size: int, states=None):
+    """The frames of states (K,), of all if None, as mosaics: tiles (K, H, W) into table (T, h, w,
+    3) uint8. Images that the recorder was given are mosaics of one tile."""
+    seen = recorder.seen if states is None else [recorder.seen[state] for state in states]
+    grid, x, y, direction, image = np.array(seen).T[:5]
     if recorder.images:
-        table = np.frombuffer(b"".join(map(zlib.decompress, recorder.images)), np.uint8)
-        return image[:, None, None], table.reshape(-1, *recorder.view[2:])
-    grids = recorder.all_grids()
-    codes, cells = np.unique(grids @ (1, 256, 65536), return_inverse=True)  # kinds of cell content
-    cells = cells.reshape(grids.shape[:3])
-    objects = [WorldObj.decode(code % 256, code // 256 % 256, code // 65536) for code in codes]
+        known, (shown, tiles) = list(recorder.images), np.unique(image, return_inverse=True)
+        table = np.frombuffer(b"".join(zlib.decompress(known[i]) for i in shown), np.uint8)
+        return tiles[:, None, None], table.reshape(-1, *recorder.view[2:])
+    objects = [WorldObj.decode(*code) for code in recorder.kinds]
     opaque = np.array([thing is not None and not thing.see_behind() for thing in objects])
     # A tile is decided by (kind, agent direction + 1 or 0, highlight): one code for each.
     number_of = np.full(len(objects) * 10, -1)
-    images, tiles = {}, np.empty((len(grid), *cells.shape[1:]), np.uint16)
-    for at in range(0, len(grid), 1024):  # bounds the memory
+    images, tiles = {}, np.empty((len(seen), *recorder.view[:2]), np.uint16)
+    for at in range(0, len(seen), 1024):  # bounds the memory
         part = slice(at, at + 1024)
-        kinds = cells[grid[part]]
+        kinds = recorder.cells_of(grid[part]).astype(int)
         agent = np.zeros_like(kinds)
         agent[np.arange(len(kinds)), y[part], x[part]] = direction[part] + 1
         lit = visible_cells(recorder.view[2:], opaque[kinds], x[part], y[part], direction[part])
@@ -355,40 +357,33 @@ def pixels(tiles: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------- collecting
-def record(env_id: str, episodes, max_steps: int, tile_size: int, seed: int, fast: bool) -> tuple:
-    """What step_episodes gives. Fast: without images. Else each step is rendered the stock way."""
-    episodes = list(episodes)
-    env = make_env(env_id) if fast else stock_env(env_id, tile_size)
+def record(env_id: str, episodes, max_steps: int, tile_size: int, seed: int, fast: bool | None,
+           show=iter) -> tuple:
+    """What step_episodes gives, for a list of episodes. Fast: without images. Else each step is
+    rendered the stock way; None tries which is right. show: called with the episodes, iterates."""
+    fast = fast_is_right(env_id, tile_size) if fast is None else fast
+    env = make_env(env_id) if fast else ImgObsWrapper(
+        RGBImgObsWrapper(registered_env(env_id), tile_size=tile_size))
     try:
-        return step_episodes(env, episodes, max_steps, seed)
+        return step_episodes(env, show(episodes), max_steps, seed)
     except Exception as error:
         if fast:  # perhaps the stock way can
-            return record(env_id, episodes, max_steps, tile_size, seed, fast=False)
+            return record(env_id, episodes, max_steps, tile_size, seed, False, show)
         if isinstance(error, CollectError):
             raise
         raise CollectError(blame(env_id, error)) from error
 
 
-def labels(recorder: Recorder, rows: np.ndarray) -> dict:
-    """{key: array} of the file, except the large ones."""
-    states = np.array(list(recorder.states), np.int64)[rows["state"]]
+def labels(recorder: Recorder, rows: np.ndarray, *settings) -> dict:
+    """{key: array} of the file, except the large ones. Its metadata are a JSON text, in an array of
+    one element: `json.loads(file["metadata"].item())`."""
+    seen = np.array(recorder.seen)[rows["state"]]
+    about = {**decided_by(*settings), "num_actions": registered_env(settings[0]).action_space.n,
+             "versions": {"minigrid": version("minigrid"), "gymnasium": gym.__version__,
+                          "numpy": np.__version__}}
     return {**{key: rows[key].copy() for key in KEYS if key in rows.dtype.names},
-            "dones": rows["terminated"] | rows["truncated"],
-            "agent_pos": states[:, 1:3], "agent_dir": states[:, 3]}
-
-
-def fast_is_right(env_id: str, tile_size: int) -> bool:
-    """Are frames put together from tiles, rewards and flags those of the stock wrappers? What may
-    be otherwise later is told by is_plain, the rest is tried on two episodes."""
-    env = registered_env(env_id)
-    return is_plain(env) and trial_is_right(env_id, tile_size, type(env.unwrapped))
-
-
-@functools.cache
-def trial_is_right(env_id: str, tile_size: int, _) -> bool:
-    fast, stock = (collect_episodes(env_id, range(2), 10, tile_size, 0, way)
-                   for way in (True, False))
-    return all(np.array_equal(fast[key], stock[key]) for key in stock)
+            "dones": rows["terminated"] | rows["truncated"], "agent_pos": seen[:, 1:3],
+            "agent_dir": seen[:, 3], "metadata": np.array(json.dumps(about, default=int))}
 
 
 def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed: int,
@@ -396,7 +391,7 @@ def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed
     """Collect in memory, without a file. An episode's content depends on (seed, number) alone.
 
     episodes: episode numbers, at least one; max_steps: 0 gives one frame per episode; fast: see
-    `record`, None tries it. Returns every key of the file except obs and next_obs, and for them
+    `record`. Returns every key of the file except obs and next_obs, and for them
 
         frames                     (K, H, W, 3) uint8, distinct: equal pixels are one frame
         obs_index, next_obs_index  (N,) int64, into frames: obs = frames[obs_index]
@@ -406,24 +401,22 @@ def collect_episodes(env_id: str, episodes, max_steps: int, tile_size: int, seed
 
     Raises CollectError for an environment that cannot be used.
     """
-    fast = fast_is_right(env_id, tile_size) if fast is None else fast
-    recorder, rows, first = record(env_id, map(int, episodes), max_steps, tile_size, seed, fast)
+    episodes = list(map(int, episodes))
+    recorder, rows, first = record(env_id, episodes, max_steps, tile_size, seed, fast)
     tiles, table = render_frames(recorder, tile_size)
     looks = {}  # states can look alike where tiles are tiny: the first stands for their frame
     look = np.array([looks.setdefault(frame.tobytes(), len(looks)) for frame in tiles])
     shown = np.unique(look, return_index=True)[1]
-    grids = recorder.all_grids().swapaxes(1, 2)                         # (G, W, H, 3)
-    states = np.array(list(recorder.states), np.int64)
-    seen_episode, seen_hand = zip(*recorder.first_seen, strict=True)
+    seen = np.array(recorder.seen)
     return {
-        **labels(recorder, rows), "grid": grids[states[rows["state"], 0]],
-        "metadata": metadata(env_id, len(first), max_steps, tile_size, seed),
+        **labels(recorder, rows, env_id, len(episodes), max_steps, tile_size, seed),
+        "grid": recorder.encode(seen[rows["state"], 0]),
         "frames": pixels(tiles[shown], table), "first_index": look[first],
         "obs_index": look[rows["state"]], "next_obs_index": look[rows["next_state"]],
-        "frame_agent_pos": states[shown, 1:3], "frame_agent_dir": states[shown, 3],
-        "frame_grid": grids[states[shown, 0]],
-        "frame_carrying": np.array(seen_hand, np.uint8)[shown],
-        "frame_episode": np.array(seen_episode, np.int32)[shown],
+        "frame_agent_pos": seen[shown, 1:3], "frame_agent_dir": seen[shown, 3],
+        "frame_grid": recorder.encode(seen[shown, 0]),
+        "frame_carrying": seen[shown, 6:].astype(np.uint8),
+        "frame_episode": seen[shown, 5].astype(np.int32),
     }
 
 
@@ -433,14 +426,6 @@ def decided_by(env_id: str, num_episodes: int, max_steps: int, tile_size: int, s
             "max_steps_per_episode": max_steps, "tile_size": tile_size, "seed": seed,
             "policy": {"name": "random", "action_weights": [float(w) for w in ACTION_WEIGHTS],
                        "interact_odds": float(INTERACT_ODDS), "warm_up_steps": WARM_UP_STEPS}}
-
-
-def metadata(*settings) -> np.ndarray:
-    """One JSON text, as an array of one element: `json.loads(file["metadata"].item())`."""
-    return np.array(json.dumps({
-        **decided_by(*settings), "num_actions": registered_env(settings[0]).action_space.n,
-        "versions": {"minigrid": version("minigrid"), "gymnasium": gym.__version__,
-                     "numpy": np.__version__}}, default=int))
 
 
 def fits_settings(found: dict | None) -> str | None:
@@ -478,62 +463,35 @@ def write_atomically(path, write, aside=None):
         temporary.unlink(missing_ok=True)
 
 
-def collect_blocks() -> list:
-    """[(recorder, rows), ...] of all episodes in their order."""
-    fast, frame = fast_is_right(ENV_ID, TILE_SIZE), stock_env(ENV_ID, TILE_SIZE).reset(seed=0)[0]
-    size, blocks = max(1, BLOCK_BYTES // frame.nbytes // MAX_STEPS_PER_EPISODE), []
-    with tqdm(total=NUM_EPISODES, unit="episode", desc=ENV_ID) as progress:
-        for at in range(0, NUM_EPISODES, size):
-            episodes = range(NUM_EPISODES)[at:at + size]
-            block = record(ENV_ID, episodes, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED, fast)
-            blocks.append(block[:2])
-            progress.update(len(episodes))
-    return blocks
-
-
-def pieces(key: str, blocks: list):
-    """obs, next_obs or grid of all blocks, CHUNK_BYTES at a time, as functions that make them."""
-    for recorder, rows in tqdm(blocks, f"Writing {key}", leave=False):
-        if key == "grid":
-            grid = np.array([state[0] for state in recorder.states])[rows["state"]]
-            yield functools.partial(recorder.all_grids().swapaxes(1, 2).take, grid, axis=0)
-            continue
-        tiles, table = render_frames(recorder, TILE_SIZE)
-        index = rows["state" if key == "obs" else "next_state"]
-        count = max(1, CHUNK_BYTES // pixels(tiles[:1], table).nbytes)
-        for at in range(0, len(index), count):
-            yield functools.partial(pixels, tiles[index[at:at + count]], table)
-
-
-def ahead(jobs):
-    """What `jobs` give, in their order; NUM_WORKERS threads work on the next ones."""
+def pieces(key: str, recorder: Recorder, rows: np.ndarray):
+    """obs, next_obs or grid, piece by piece; NUM_WORKERS threads draw the next ones meanwhile."""
+    index = rows["next_state" if key == "next_obs" else "state"]
+    size = max(1, BLOCK_BYTES // pixels(*render_frames(recorder, TILE_SIZE, [0])).nbytes)
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        running = collections.deque()
-        for job in jobs:
-            running.append(pool.submit(job))
-            if len(running) > NUM_WORKERS:
-                yield running.popleft().result()
-        yield from (job.result() for job in running)
+        for at in tqdm(range(0, len(index), size), f"Writing {key}", leave=False):
+            states, place = np.unique(index[at:at + size], return_inverse=True)
+            if key == "grid":
+                yield recorder.encode([recorder.seen[state][0] for state in states])[place]
+                continue
+            tiles, table = render_frames(recorder, TILE_SIZE, states)
+            sixteen = np.array_split(tiles[place], 16)  # small enough to stay in the CPU's cache
+            yield from pool.map(pixels, sixteen, itertools.repeat(table))
 
 
-def write_npz(path, blocks: list):
+def write_npz(path, recorder: Recorder, rows: np.ndarray):
     """What np.savez_compressed writes, array by array and piece by piece."""
-    parts = [labels(*block) for block in blocks]
-    small = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    small["metadata"] = metadata(ENV_ID, NUM_EPISODES, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED)
+    small = labels(recorder, rows, ENV_ID, NUM_EPISODES, MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for key in KEYS:
-            parts = iter([small[key]]) if key in small else ahead(pieces(key, blocks))
+            parts = iter([small[key]]) if key in small else pieces(key, recorder, rows)
             part = next(parts)
-            shape = part.shape and (len(small["actions"]), *part.shape[1:])
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
                 member._compressor = zlib_ng.compressobj(
                     ZLIB_LEVEL, zlib_ng.DEFLATED, -zlib_ng.MAX_WBITS)
                 np.lib.format.write_array_header_1_0(member, {
-                    "descr": part.dtype.str, "fortran_order": False, "shape": shape})
+                    "descr": part.dtype.str, "fortran_order": False,
+                    "shape": part.shape and (len(rows), *part.shape[1:])})
                 for part in itertools.chain([part], parts):
-                    if part.shape[1:] != shape[1:]:
-                        raise CollectError(ONE_SIZE)
                     member.write(np.ascontiguousarray(part))
 
 
@@ -589,8 +547,10 @@ def main():
         aside = keep_aside(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()  # a folder to write to, before the work
-        blocks = collect_blocks()
-        write_atomically(path, lambda temporary: write_npz(temporary, blocks), aside)
+        recorder, rows, _ = record(
+            ENV_ID, range(NUM_EPISODES), MAX_STEPS_PER_EPISODE, TILE_SIZE, SEED, None,
+            show=lambda episodes: tqdm(episodes, ENV_ID, unit="episode"))
+        write_atomically(path, lambda temporary: write_npz(temporary, recorder, rows), aside)
     except CollectError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -601,7 +561,7 @@ def main():
         sys.exit("interrupted: no file was left half-written, run python3 collect_minigrid_data.py "
                  "to begin again")
     print(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB): {NUM_EPISODES} episodes, "
-          f"{sum(len(rows) for _, rows in blocks)} transitions of {ENV_ID}")
+          f"{len(rows)} transitions of {ENV_ID}")
 
 
 if __name__ == "__main__":

@@ -82,10 +82,10 @@ KEYS = ("obs", "next_obs", "actions", "rewards", "dones", "terminated", "truncat
 TRANSITION = [("episode", np.int32), ("actions", np.int64), ("rewards", np.float32),
               ("terminated", bool), ("truncated", bool), ("carrying", np.uint8, 2),
               ("state", int), ("next_state", int)]
-EMPTY = (1, 0, 0)                 # how grid.encode() writes an empty cell
+EMPTY, NOTHING = (1, 0, 0), (1, 0)  # how an empty cell and an empty hand are written
 OBJECTS = WorldObj.__module__     # things of other modules may look like anything
 NOT_OURS = "was not made by collect_minigrid_data.py"
-BLOCK_BYTES = 2**24               # of images in memory while the file is written
+BLOCK_BYTES = 2**22               # of images that are drawn at once
 ZLIB_LEVEL = 5                    # of zlib-ng: a fifth of savez's time, a tenth larger
 
 
@@ -130,11 +130,10 @@ def is_plain(env: gym.Env) -> bool:
     """Does MiniGrid's own code decide the steps and frames of what registered_env gave? A class
     of the user's own may still draw grids and rewards, and have new names."""
     env = env.env if isinstance(env, gym.wrappers.OrderEnforcing) else env
-    own = set(vars(env)) - {"render_mode", "spec"}
-    for kind in itertools.takewhile(lambda kind: kind is not MiniGridEnv, type(env).__mro__):
-        if not kind.__module__.startswith("minigrid."):
-            own |= {name for name in vars(kind) if not name.startswith("__")}
-    own -= {"_gen_grid", "_reward", "metadata"}
+    libraries = "minigrid", "gymnasium", "typing", "builtins"
+    kinds = (kind for kind in type(env).__mro__ if kind.__module__.split(".")[0] not in libraries)
+    own = {name for its in (env, *kinds) for name in vars(its) if not name.startswith("__")}
+    own -= {"_gen_grid", "_reward", "metadata", "render_mode", "spec"}
     return isinstance(env, MiniGridEnv) and not any(hasattr(MiniGridEnv, name) for name in own)
 
 
@@ -168,9 +167,9 @@ def action_odds(env: gym.Env) -> np.ndarray:
     good = isinstance(weights, tuple | list) and len(weights) >= count and all(
         isinstance(weight, numbers.Real) and 0 <= weight < np.inf for weight in weights)
     if not good or not any(weights[:count]):
-        raise CollectError(f"ACTION_WEIGHTS must be numbers, one for each of {count} actions, none "
-                           f"of them negative, one of them above 0, not {weights!r}: edit "
-                           f"ACTION_WEIGHTS {EDIT}")
+        raise CollectError(
+            f"ACTION_WEIGHTS must be numbers, one for each of {count} actions, none of them "
+            f"negative, one of them above 0, not {weights!r}: edit ACTION_WEIGHTS {EDIT}")
     odds = np.array(weights[:count], np.float64)
     return odds / odds.sum()
 
@@ -214,7 +213,7 @@ class Recorder:
         if not good or view != self.view:
             raise CollectError(f"images must be uint8 (H, W, 3) and of one size: choose another "
                                f"ENV_ID {EDIT}")
-        hand = (EMPTY if env.carrying is None else env.carrying.encode())[:2]
+        hand = NOTHING if env.carrying is None else env.carrying.encode()[:2]
         key = (self.grid, *map(int, (*env.agent_pos, env.agent_dir)), image or 0)
         state = self.states.setdefault(key, len(self.states))
         if state == len(self.seen):
@@ -273,10 +272,9 @@ def step_episodes(env, episodes, max_steps: int, seed: int) -> tuple:
         state, hand = recorder.look(world, episode, image)
         first.append(state)
         for step, action in enumerate(draw_actions(rng, odds, max_steps), start=1):
-            action = choose(world, *action)
+            before, in_hand, action = state, hand, choose(world, *action)
             image, reward, terminated, truncated, _ = env.step(action)
             truncated = truncated or (step == max_steps and not terminated)
-            before, in_hand = state, hand
             state, hand = recorder.look(world, episode, image)
             rows.append((episode, action, reward, terminated, truncated, in_hand, before, state))
             if terminated or truncated:
@@ -300,17 +298,15 @@ def visible_cells(view, opaque: np.ndarray, x, y, direction) -> np.ndarray:
               x + forward[0] * ahead - forward[1] * aside + V)
     around = np.pad(opaque, ((0, 0), (V, V), (V, V)), constant_values=True)
     clear = ~around[places]
-    mask = np.full(clear.shape, see_through_walls)                    # from here: Grid.process_vis
+    mask = np.full((V, V + 1, len(opaque)), see_through_walls)        # from here: Grid.process_vis
     mask[V // 2, V - 1] = True
-    for j in reversed(range(V)):
+    for j in reversed(range(V)):  # the last column takes what would lie at j - 1 = -1
         for i, to in [(i, i + 1) for i in range(V - 1)] + [(i, i - 1) for i in range(V - 1, 0, -1)]:
             passes = mask[i, j] & clear[i, j]
             mask[to, j] |= passes
-            if j > 0:
-                mask[to, j - 1] |= passes
-                mask[i, j - 1] |= passes
+            mask[min(i, to):max(i, to) + 1, j - 1] |= passes
     around[:] = False
-    around[places] = mask
+    around[places] = mask[:, :V]
     return around[:, V:-V, V:-V]
 
 
@@ -435,9 +431,9 @@ def fits_settings(found: dict | None) -> str | None:
     if not isinstance(found, dict) or not now.keys() <= found.keys():
         return NOT_OURS
     now, found = ({**dict(about["policy"]), **about} for about in (now, found))
-    differ = (name for name in now if found.get(name) != now[name])
-    name = next(differ, None)
-    return name and f"{name.upper()} was {found.get(name)}, now {now[name]}"
+    differ = (f"{name.upper()} was {found.get(name)}, now {value}" for name, value in now.items()
+              if found.get(name) != value)
+    return next(differ, None)
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -472,10 +468,10 @@ def pieces(key: str, recorder: Recorder, rows: np.ndarray):
             states, place = np.unique(index[at:at + size], return_inverse=True)
             if key == "grid":
                 yield recorder.encode([recorder.seen[state][0] for state in states])[place]
-                continue
-            tiles, table = render_frames(recorder, TILE_SIZE, states)
-            sixteen = np.array_split(tiles[place], 16)  # small enough to stay in the CPU's cache
-            yield from pool.map(pixels, sixteen, itertools.repeat(table))
+            else:
+                tiles, table = render_frames(recorder, TILE_SIZE, states)
+                quarters = np.array_split(tiles[place], 4)  # that stay in the CPU's cache
+                yield from pool.map(pixels, quarters, itertools.repeat(table))
 
 
 def write_npz(path, recorder: Recorder, rows: np.ndarray):
@@ -500,19 +496,15 @@ def keep_aside(path: Path) -> Path | None:
     CollectError where this script did not make it."""
     if not path.exists():
         return None
-    try:
-        with np.load(path) as file:
-            found = json.loads(file["metadata"].item())
-    except Exception:  # whatever it is
-        found = None
-    differs = fits_settings(found)
+    differs = NOT_OURS
+    with contextlib.suppress(Exception), np.load(path) as file:  # it may be anything
+        differs = fits_settings(json.loads(file["metadata"].item()))
     if differs == NOT_OURS:
         raise CollectError(f"{path} {NOT_OURS}: move it away, or edit DATA_FILE {EDIT}")
-    if differs is None:
-        return None
     names = (path.with_name(f"{path.stem}_{n}{path.suffix}") for n in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    print(f"{path} is of other settings ({differs}): keeping it as {aside.name}")
+    aside = differs and next(name for name in names if not name.exists())
+    if aside:
+        print(f"{path} is of other settings ({differs}): keeping it as {aside.name}")
     return aside
 
 
@@ -530,19 +522,13 @@ def check_numbers(settings: dict, rules: dict, script: str) -> dict:
     return plain
 
 
-def check_settings():
-    """Raise CollectError at a setting that cannot be used, before anything is collected."""
-    globals().update(check_numbers(globals(), RULES, "collect_minigrid_data.py"))
-    for name, kind in (("ENV_ID", str), ("DATA_FILE", str | Path)):
-        if not isinstance(globals()[name], kind):
-            raise CollectError(
-                f"{name} must be a text, not {globals()[name]!r}: edit {name} {EDIT}")
-    action_odds(registered_env(ENV_ID))
-
-
 def main():
     try:
-        check_settings()
+        globals().update(check_numbers(globals(), RULES, "collect_minigrid_data.py"))
+        for name, kind in (("ENV_ID", str), ("DATA_FILE", str | Path)):
+            if not isinstance(value := globals()[name], kind):
+                raise CollectError(f"{name} must be a text, not {value!r}: edit {name} {EDIT}")
+        action_odds(registered_env(ENV_ID))
         path = data_path()
         aside = keep_aside(path)
         path.parent.mkdir(parents=True, exist_ok=True)

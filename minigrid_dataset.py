@@ -80,8 +80,7 @@ class Transitions:
         """Frames by number: integer array or tensor of any shape (...) -> (..., 3, H, W) uint8, on
         the device of `tiles`. Raises IndexError for a number that is no frame."""
         index = torch.as_tensor(index, device=self.tiles.device).long()
-        images = join_tiles(self.tiles, self.frame_tiles[index.reshape(-1)])
-        return images.view(*index.shape, *images.shape[1:])
+        return join_tiles(self.tiles, self.frame_tiles[index])
 
     def to(self, device):
         """A copy whose tensors are on `device`: its batches are put together there."""
@@ -90,10 +89,9 @@ class Transitions:
 
 
 def join_tiles(tiles, index):
-    """tiles (M, C, p, p) of any dtype, index (B, h, w) into them -> images (B, C, h * p, w * p)."""
-    B, h, w = index.shape
-    _, C, p, _ = tiles.shape
-    return tiles[index.long()].permute(0, 3, 1, 4, 2, 5).reshape(B, C, h * p, w * p)
+    """tiles (M, C, p, p) of any dtype, index (..., h, w) into them -> images (..., C, h*p, w*p)."""
+    images = tiles[index.long()].movedim(-3, -5).transpose(-3, -2)  # (..., C, h, p, w, p)
+    return images.flatten(-4, -3).flatten(-2)
 
 
 def to_float(frames):
@@ -103,10 +101,9 @@ def to_float(frames):
 
 # ---------------------------------------------------------------- reading and validating the file
 def load_transitions(npz_path, labels=True):
-    """Read and validate a file -> Transitions, without the `labels` of probes if not wanted.
-
-    Sizes are checked before memory is taken and nothing is unpickled, so a damaged or hostile file
-    costs a DataError and no more, as a missing one does."""
+    """Read and validate a file -> Transitions, without the `labels` of probes if not wanted. Sizes
+    are checked before memory is taken and nothing is unpickled, so a damaged or hostile file costs
+    a DataError and no more, as a missing one does."""
     path, metadata = Path(npz_path), {}
     if not path.exists():
         raise DataError(f"{path} is missing: {COLLECT}")
@@ -114,7 +111,13 @@ def load_transitions(npz_path, labels=True):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             with zipfile.ZipFile(file) as archive:
-                metadata = _read_metadata(archive)
+                if "metadata.npy" in archive.namelist():
+                    member = _Member(archive, "metadata", "US")
+                    text = member.take(member.shape, member.dtype, "")
+                    found = json.loads(text.item()) if text.size == 1 else None
+                    if not isinstance(found, dict):
+                        raise DataError(f"has {member.text}, wanted one text, a JSON object")
+                    metadata = found
                 fields = _read(archive, metadata, list(LABELS)[: None if labels else 5])
                 return Transitions(path, digest, metadata, **fields)
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on damaged input
@@ -165,18 +168,6 @@ class _Member:
         return array
 
 
-def _read_metadata(archive):
-    """The metadata member, JSON text -> dict; {} where there is none."""
-    if "metadata.npy" not in archive.namelist():
-        return {}
-    member = _Member(archive, "metadata", "US")
-    text = member.take(member.shape, member.dtype, "")
-    metadata = json.loads(text.item()) if text.size == 1 else None
-    if not isinstance(metadata, dict):
-        raise DataError(f"has {member.text}, wanted one text, a JSON object")
-    return metadata
-
-
 def _read(archive, metadata, keys):
     """The other members, those named in `keys` if they are there -> fields of Transitions."""
     names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -208,8 +199,8 @@ def _read(archive, metadata, keys):
     ends = ends | (frames["next_obs_index"][:-1] != frames["obs_index"][1:])
     arrays["episode"] = np.cumsum(np.append(0, ends))
     frames |= {key: arrays.pop(key) for key in ("actions", "rewards", "dones")}
-    return {"image_size": (H, W), "patch_size": p, "num_actions": num_actions, **arrays,
-            **{key: torch.from_numpy(value) for key, value in frames.items()}}
+    arrays |= {key: torch.from_numpy(value) for key, value in frames.items()}
+    return {"image_size": (H, W), "patch_size": p, "num_actions": num_actions, **arrays}
 
 
 def _read_label(member, key, N):
@@ -232,6 +223,7 @@ def _read_frames(obs, next_obs, H, W, p):
     """Read both members in step -> tiles, frame_tiles and the two indices, as arrays."""
     N, h, w, size = obs.shape[0], H // p, W // p, p * p * 3
     numbers, maps, new, last = {}, [], [], None  # numbers: {bytes of a tile: its number}
+    both = {"return_index": True, "return_inverse": True}
     step = max(1, CHUNK // (H * W * 3 * (obs.dtype.itemsize + next_obs.dtype.itemsize)))
     for start in range(0, N, step):
         count = min(step, N - start)
@@ -244,11 +236,13 @@ def _read_frames(obs, next_obs, H, W, p):
         new.append(np.append((words[0] != last).any(), (words[1:] != words[:-1]).any(axis=1)))
         last = words[-1]
         tiles = frames.reshape(-1, h, p, w, p * 3)[new[-1]].swapaxes(2, 3)  # (., h, w, p, p * 3)
-        rows = np.zeros((len(tiles) * h * w, -(-size // 8) * 8), np.uint8)  # whole words of 8 bytes
-        rows[:, :size] = tiles.reshape(-1, size)
-        ids = _number_tiles(rows.view(np.uint64), numbers).reshape(-1, h, w)
+        rows = np.pad(tiles.reshape(-1, size), ((0, 0), (0, -size % 8))).view(np.uint64)
+        _, first, place = np.unique(rows @ HASH[: rows.shape[1]], **both)
+        if not np.array_equal(rows[first][place], rows):  # two tiles with one hash: sort whole rows
+            _, first, place = np.unique(rows.view(f"V{rows.shape[1] * 8}")[:, 0], **both)
+        ids = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows[first]])
         kind = np.uint8 if len(numbers) <= 256 else np.int32
-        maps.append(ids.astype(kind))
+        maps.append(ids[place].reshape(-1, h, w).astype(kind))
     tiles = np.frombuffer(b"".join(numbers), np.uint8).reshape(len(numbers), -1)[:, :size]
     if tiles.max() < 16:
         raise DataError(f"has frames of 0 to {tiles.max()}, wanted 0 to 255, no symbolic views")
@@ -256,15 +250,6 @@ def _read_frames(obs, next_obs, H, W, p):
     return {"tiles": np.ascontiguousarray(tiles.reshape(-1, p, p, 3).transpose(0, 3, 1, 2)),
             "frame_tiles": np.concatenate(maps, dtype=kind),
             "obs_index": index[0::2].copy(), "next_obs_index": index[1::2].copy()}
-
-
-def _number_tiles(rows, numbers):
-    """rows (P, words) uint64, numbers {bytes of a row: its number}, which grows -> (P,) int64."""
-    both = {"return_index": True, "return_inverse": True}
-    _, first, place = np.unique(rows @ HASH[: rows.shape[1]], **both)
-    if not np.array_equal(rows[first][place], rows):  # two tiles with one hash: sort whole rows
-        _, first, place = np.unique(rows.view(f"V{rows.shape[1] * 8}")[:, 0], **both)
-    return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows[first]])[place]
 
 
 # ----------------------------------------------------------------------------- batches and windows
@@ -311,11 +296,9 @@ def split_by_episode(transitions, validation_fraction, seed):
 def window_starts(transitions, length, episodes=None):
     """-> sorted (S,) int64: every t from which t .. t+length-1 are steps of one episode. `episodes`
     limits the answer."""
-    last = np.searchsorted(transitions.episode, transitions.episode, side="right") - 1
-    whole = np.arange(len(last)) + length - 1 <= last
-    if episodes is not None:
-        whole &= np.isin(transitions.episode, episodes)
-    return np.flatnonzero(whole)
+    episode = transitions.episode  # never decreases
+    starts = np.flatnonzero(episode[length - 1:] == episode[:max(0, len(episode) - length + 1)])
+    return starts if episodes is None else starts[np.isin(episode[starts], episodes)]
 
 
 class WindowBatches:
@@ -326,14 +309,12 @@ class WindowBatches:
     An epoch has as many windows as `windows_per_episode` says, and what it draws depends on `seed`,
     the epoch and `errors`. Half of a batch is of episodes in random order, one window of each. The
     other half is drawn from all windows, in proportion to the largest of their transitions' last
-    errors (Schaul et al. 2016): a gap in a wall is entered once in 300 steps.
-
-    DataError where no episode has a window."""
+    errors (Schaul et al. 2016): a gap in a wall is entered once in 300 steps. DataError where no
+    episode has a window."""
 
     def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1):
         self.transitions, self.window, self.batch_size = transitions, window, batch_size
         self.seed, self.passes, self.epoch = seed, windows_per_episode, 0
-        episode = transitions.episode
         self.starts = window_starts(transitions, window, episodes)
         if not len(self.starts):
             raise DataError(f"{transitions.path} has no {window} steps of one episode in which "
@@ -341,7 +322,7 @@ class WindowBatches:
                             f"MAX_STEPS_PER_EPISODE and {COLLECT}")
         # Starts are sorted and episodes never decrease, so each episode's starts are one run.
         _, self.first, self.count = np.unique(
-            episode[self.starts], return_index=True, return_counts=True)
+            transitions.episode[self.starts], return_index=True, return_counts=True)
         self.errors = torch.ones(len(transitions))      # of each, when it was last learnt
 
     def set_epoch(self, epoch):
@@ -386,9 +367,7 @@ def sample_steps(transitions, episodes, most=5000):
     patches (P, 3, p, p) uint8, the distinct ones, index (N, 2, h, w) into them, over (N,) bool, and
     how many steps each stands for (N,)."""
     steps = window_starts(transitions, 1, episodes)
-    over = np.zeros(len(steps), bool)
-    if transitions.terminated is not None:
-        over = transitions.terminated[steps]
+    over = np.isin(steps, np.flatnonzero(transitions.terminated))  # none, where that is None
     stride = (~over).sum() // most + 1
     ends, others = steps[over], steps[~over][::stride]
     t = torch.from_numpy(np.append(ends, others))

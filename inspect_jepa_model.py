@@ -14,7 +14,7 @@ takes two to three minutes of one core.
 import json
 import math
 import sys
-from collections import deque
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,16 +29,9 @@ from minigrid.core.world_object import WorldObj
 from tqdm import tqdm
 
 import collect_minigrid_data as collect
+import minigrid_dataset as dataset
 import world_model_jepa as jepa
-from minigrid_dataset import (
-    DataError,
-    join_tiles,
-    load_transitions,
-    sample_patches,
-    sample_steps,
-    split_by_episode,
-    to_float,
-)
+from minigrid_dataset import DataError, load_transitions, to_float
 
 # ------------------------------------------------------------------------ settings: edit and rerun
 EVAL_SEED = 12345        # of the held-out layouts; the probes learn on those of the next seed
@@ -47,12 +40,10 @@ EVAL_STEPS = 40          # steps an episode
 MAX_WINDOWS = 3000       # rollouts that hit@1 is measured on, spread evenly over the episodes
 STRICT_STATES = 20000    # layouts are taken for the strict hit@1 until they have so many states
 HORIZON = 20             # steps of a rollout
-PROBE_LAYOUTS = 12000    # layouts whose first frame the probes learn on, and 64 a cell at least:
-                         # each cell is a part of the room
+PROBE_LAYOUTS = 12000    # layouts whose first frame the probes learn on, 64 a grid cell at least
 PROBE_EPISODES = 800     # and 10 frames from episodes in each of these: doors and keys change there
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("jepa", "reconstruction")
 FORWARD = 2              # MiniGrid's number of the action; 0 and 1 turn
 RULES = {"EVAL_SEED": (int, 0), **dict.fromkeys(
     ("EVAL_EPISODES", "EVAL_STEPS", "MAX_WINDOWS", "STRICT_STATES", "HORIZON", "PROBE_LAYOUTS",
@@ -64,14 +55,13 @@ COLOURS = {"jepa": "#0072B2", "reconstruction": "#D55E00", "untrained": "#E69F00
 # -------------------------------------------------- 1. load: checkpoints, data, held-out layouts
 def load_models(data, device):
     """-> {name: contents}, {name: model on `device`} of the checkpoints in HERE that fit."""
-    paths = {name: HERE / f"{name}_world_model.pt" for name in NAMES}
-    names = [name for name in NAMES if paths[name].exists()] or NAMES[:1]
+    paths = {name: HERE / f"{name}_world_model.pt" for name in ("jepa", "reconstruction")}
+    names = [name for name in paths if paths[name].exists()] or ["jepa"]
     contents = {name: jepa.read_checkpoint(paths[name]) for name in names}
     models = {name: jepa.build_model(its, paths[name]).to(device) for name, its in contents.items()}
-    says = "{}x{} images and {} actions"
-    have = says.format(*data.image_size, data.num_actions)
     for name, model in models.items():
-        want = says.format(*model.arguments["image_size"], model.arguments["num_actions"])
+        want, have = ("{}x{} images and {} actions".format(*its["image_size"], its["num_actions"])
+                      for its in (model.arguments, vars(data)))
         if want != have:
             raise jepa.CheckpointError(f"{paths[name]} is for {want} but {data.path} has {have}: "
                                        "run python3 train_jepa.py")
@@ -92,19 +82,18 @@ def collect_held_out(data, contents):
     if world["frames"].shape[1:3] != data.image_size:
         raise DataError(f"{data.path} does not hold frames of what its metadata names, "
                         f"{meta['env_id']}: run python3 collect_minigrid_data.py")
-    fast = collect.fast_is_right(meta["env_id"], meta["tile_size"])
-    return {"seed": seeds[0], "env": collect.registered_env(meta["env_id"]), "fast": fast,
-            **world}, seeds[1]
+    return {**world, "seed": seeds[0], "env": collect.registered_env(meta["env_id"]),
+            "fast": collect.fast_is_right(meta["env_id"], meta["tile_size"])}, seeds[1]
 
 
 def own_held_out(data, settings):
     """What collect_episodes gives, as far as a file's own validation episodes allow."""
-    episodes = split_by_episode(data, settings["VALIDATION_FRACTION"], settings["SEED"])[1]
+    episodes = dataset.split_by_episode(data, settings["VALIDATION_FRACTION"], settings["SEED"])[1]
     most = min(EVAL_EPISODES * EVAL_STEPS, 2**28 // math.prod(data.image_size))  # under 1 GB
     rows = np.flatnonzero(np.isin(data.episode, episodes))[:most]
     index = torch.stack([data.obs_index[rows], data.next_obs_index[rows]])
     maps, same = data.frame_tiles[index.flatten()].unique(dim=0, return_inverse=True)
-    return {"frames": join_tiles(data.tiles, maps).permute(0, 2, 3, 1).numpy(),
+    return {"frames": dataset.join_tiles(data.tiles, maps).permute(0, 2, 3, 1).numpy(),
             "obs_index": same[:len(rows)].numpy(), "next_obs_index": same[len(rows):].numpy(),
             "actions": data.actions[rows].numpy(), "episode": data.episode[rows]}
 
@@ -150,19 +139,14 @@ def encode_all(encode, frames, device):
 
 def imagine(model, z, actions):
     """z (N, D), actions (N, T) numpy -> (N, T, D): the dynamics alone, no frame in between."""
-    latents = []
-    for action in torch.from_numpy(actions.T.copy()).to(z.device):
-        z = model.predict_next(z, action)
-        latents.append(z)
-    return torch.stack(latents, 1)
+    actions = torch.from_numpy(actions.T.copy()).to(z.device)
+    return torch.stack([*accumulate(actions, model.predict_next, initial=z)][1:], 1)
 
 
 def find_hits(imagined, target, true, counted):
-    """Is the nearest candidate the true one? -> for each of T steps a list of bools.
-
-    imagined (N, T, D) latents, target (K, D) of the candidates, true (N, T) the candidate that
-    came about, counted (N, T) bool. Ties are misses.
-    """
+    """Is the nearest candidate the true one? -> for each of T steps a list of bools. Ties are
+    misses. imagined (N, T, D) latents, target (K, D) of the candidates, true (N, T) the candidate
+    that came about, counted (N, T) bool."""
     return [jepa.hits_at_1(imagined[rows, k], target,
                            torch.from_numpy(true[rows, k]).to(target.device)).tolist()
             for k, rows in enumerate(map(np.flatnonzero, counted.T))]
@@ -214,10 +198,8 @@ def decoder_errors(model, latents, world):
 def states_like(world, frame, *tile_sizes):
     """What the agent can reach from held-out frame number `frame` by turning and walking in the
     real simulator, doors, keys and so on as they are there. What ends the episode is not crossed.
-
     -> poses [(x, y, direction)] that look different, and a list of their images (C, H, W, 3) uint8
-    for each of the tile sizes.
-    """
+    for each of the tile sizes."""
     env, it = world["env"], world["env"].unwrapped
     env.reset(seed=collect.env_seed(world["seed"], int(world["frame_episode"][frame])))
     own = {tuple(thing.encode()): thing for thing in it.grid.grid if thing is not None}
@@ -229,9 +211,8 @@ def states_like(world, frame, *tile_sizes):
         it.agent_pos, it.agent_dir, it.step_count = pose[:2], pose[2], 0
 
     start = *world["frame_agent_pos"][frame].tolist(), int(world["frame_agent_dir"][frame])
-    poses, queue = {start: None}, deque([start])
-    while queue:
-        pose = queue.popleft()
+    poses, queue = {start: None}, [start]
+    for pose in queue:
         for action in (0, 1, FORWARD):
             place(pose)
             over = env.step(action)[2]
@@ -239,14 +220,13 @@ def states_like(world, frame, *tile_sizes):
             if after not in poses:
                 poses[after] = None
                 queue.extend(() if over else [after])
-    images, image = [], None
+    images = []
     fast = world["fast"] and all(type(o).__module__ == collect.OBJECTS for o in own.values())
     for size in tile_sizes:
         recorder = collect.Recorder()
         for pose in poses:
             place(pose)
-            if not fast:
-                image = it.get_frame(highlight=it.highlight, tile_size=size)
+            image = None if fast else it.get_frame(highlight=it.highlight, tile_size=size)
             recorder.look(it, 0, image)
         images.append(collect.pixels(*collect.render_frames(recorder, size)))
     first = list({image.tobytes(): i for i, image in enumerate(images[0])}.values())
@@ -286,10 +266,9 @@ def score_strictly(models, latents, world, tile_size, device):
         rows = np.flatnonzero(counted.any(1))
         stuck = np.unique(before[stays & (place[before] >= 0)])[:, None]
         states.append(len(images))
-        targets = {}
+        targets = {encode: encode_all(encode, images, device)  # the copy has the first model's
+                   for encode in {model.encode_target for model in models.values()}}
         for name, model in models.items():
-            if model.encode_target not in targets:  # the copy has that of the first model
-                targets[model.encode_target] = encode_all(model.encode_target, images, device)
             target, online = targets[model.encode_target], latents[name]["online"]
             imagined = imagine(model, online[frames[rows, 0]], actions[rows])
             hits[name].append(find_hits(imagined, target, place[frames[rows, 1:]], counted[rows]))
@@ -307,18 +286,16 @@ def score_simulator(model, world, tile_size, device, layouts=50, draws=9):
     """hit@1 of the simulator as a model of itself, in a random world about the most that a model
     can reach; None in others. Eight futures by other random numbers stand for the one that comes,
     by their mean latent: no prediction has a smaller squared error."""
-    env, recorder, image, seen = world["env"], collect.Recorder(), None, []
-    it, odds = env.unwrapped, collect.action_odds(env)
+    env, recorder, seen = world["env"], collect.Recorder(), []
+    it, odds, fast = env.unwrapped, collect.action_odds(env), world["fast"]
     for layout, draw in np.ndindex(layouts, draws):
         env.reset(seed=collect.env_seed(world["seed"], layout))
         it.np_random = np.random.default_rng((layout, draw))
         actions = np.random.default_rng(layout).choice(len(odds), HORIZON, p=odds).tolist()
         over = False
         for action in (None, *actions):
-            if not (over or action is None):
-                over = env.step(action)[2]
-            if not world["fast"]:
-                image = it.get_frame(highlight=it.highlight, tile_size=tile_size)
+            over = over or action is not None and env.step(action)[2]
+            image = None if fast else it.get_frame(highlight=it.highlight, tile_size=tile_size)
             seen.append(recorder.look(it, 0, image)[0])
     seen = np.reshape(seen, (layouts, draws, -1))                       # numbers of images
     if (seen == seen[:, :1]).all():
@@ -337,7 +314,7 @@ def score_simulator(model, world, tile_size, device, layouts=50, draws=9):
 def facts_of(labels):
     """Labels frame_* of K frames -> {fact: (K, parts) int64}, known where all its parts are. `room
     configuration` has a part for each cell: is it a wall, a door, lava, or none of them?"""
-    grid, position = labels["frame_grid"], labels["frame_agent_pos"]
+    grid = labels["frame_grid"]
     kind, _, state = grid.reshape(len(grid), -1, 3).transpose(2, 0, 1).astype(int)
 
     def cell_of(thing):  # -1: not on the grid
@@ -347,14 +324,13 @@ def facts_of(labels):
     fixed = np.isin(kind, [OBJECT_TO_IDX[thing] for thing in ("wall", "door", "lava")])
     doors = kind == OBJECT_TO_IDX["door"]
     first = np.argsort(~doors, axis=1, kind="stable")[:, :max(1, doors.sum(1).max())]
-    carried = labels["frame_carrying"].astype(int)
     facts = {
-        "agent cell": position[:, 0] * grid.shape[2] + position[:, 1],
+        "agent cell": labels["frame_agent_pos"] @ (grid.shape[2], 1),
         "agent direction": labels["frame_agent_dir"],
         "goal cell": cell_of("goal"),
         "room configuration": np.where(fixed, kind, 0),
         "key cell": cell_of("key"),
-        "carried object": carried[:, 0] * 16 + carried[:, 1],
+        "carried object": labels["frame_carrying"].astype(int) @ (16, 1),
         "door states": np.take_along_axis(np.where(doors, state, -1), first, 1),
     }
     return {name: fact.reshape(len(grid), -1) for name, fact in facts.items()}
@@ -362,11 +338,9 @@ def facts_of(labels):
 
 def softmax_probe(z, y, num_classes):
     """Multinomial logistic regression -> predict, a function from (M, D) to classes (M, parts).
-
     z (N, D) latents, y (N, parts) int64 classes: an independent softmax for each part. It learns
     slowly unless latents are whitened. Directions with less than 1e-4 of the largest variance are
-    left out: scaled up by more than 100, what imagined latents hold of them would drown the rest.
-    """
+    left out: scaled up by more than 100, what imagined latents hold of them drowns the rest."""
     centre, parts = z.mean(0), y.shape[1]
     centred = (z - centre).cpu().double()
     variance, axes = torch.linalg.eigh(centred.T @ centred / len(z))
@@ -382,10 +356,9 @@ def softmax_probe(z, y, num_classes):
     optimizer = torch.optim.Adam([weights], 0.03, (0.9, 0.95), fused=True)
     order = torch.Generator().manual_seed(0)
     batches = [rows for _ in range(16 * min(parts, 2))  # known only where no part is wrong: longer
-               for rows in torch.randperm(len(z), generator=order).split(500)]
+               for rows in torch.randperm(len(z), generator=order).to(z.device).split(500)]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for rows in batches:
-        rows = rows.to(z.device)
         optimizer.zero_grad()
         with torch.enable_grad():
             F.cross_entropy(scores(z[rows], weights).squeeze(2), y[rows].squeeze(1)).backward()
@@ -533,15 +506,14 @@ def imagined_pictures(models, latents, world, tile_size, device):
     frames, _, valid = world["windows"]
     steps = valid.sum(1).max()
     window = max(np.flatnonzero(valid[:, steps - 1]), key=lambda w: len(set(frames[w, :steps + 1])))
-    shots, small = {name: [] for name in [*models, "truth"]}, np.empty((0, 1, 1, 1))
+    shots, small = {name: [] for name in [*models, "truth"]}, world["frames"][:0]
     for k, true in enumerate(frames[window, :steps + 1]):
-        same = (small == world["frames"][true]).all((1, 2, 3))
-        if not same.any():
-            poses, small, big = [None] * len(world["frames"]), world["frames"], world["frames"]
-            if "env" in world:
-                poses, (small, big) = states_like(world, true, tile_size, 16)
-            same = (small == world["frames"][true]).all((1, 2, 3))
+        frame = world["frames"][true]
+        if not (small == frame).all((1, 2, 3)).any():
+            poses, (small, big) = states_like(world, true, tile_size, 16) if "env" in world else (
+                [None] * len(world["frames"]), [world["frames"]] * 2)
             targets = {n: encode_all(m.encode_target, small, device) for n, m in models.items()}
+        same = (small == frame).all((1, 2, 3))
         for name in shots:
             nearest = same.argmax() if k == 0 or name == "truth" else int(
                 (targets[name] @ latents[name]["imagined"][window, k - 1]).argmax())
@@ -549,12 +521,12 @@ def imagined_pictures(models, latents, world, tile_size, device):
     return shots
 
 
-def show(axis, shot):
+def show(axis, shot, **labels):
     """A picture, its agent ringed, in a red frame where it is not the true one."""
     image, pose, right = shot
     axis.clear()
     axis.imshow(image)
-    axis.set(xticks=[], yticks=[])
+    axis.set(xticks=[], yticks=[], **labels)
     axis.spines[:].set(color="#888888" if right else "red", linewidth=0.5 if right else 5)
     if pose is not None:
         at, radius = (pose[0] * 16 + 7.5, pose[1] * 16 + 7.5), max(11, len(image) / 18)
@@ -564,13 +536,11 @@ def show(axis, shot):
 def draw_gif(path, imagined, truth):
     """rollout.gif: two lists of shots side by side."""
     figure, writer = Figure(figsize=(8, 4.8), layout="constrained"), PillowWriter(fps=2.5)
-    axes = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2)
     with writer.saving(figure, path, 80):
-        for k, pair in enumerate(zip(imagined, truth, strict=True)):
-            for axis, shot in zip(axes, pair):
-                show(axis, shot)
-            axes[0].set_title("imagined from the first image")
-            axes[1].set_title("what happens")
+        for k in range(len(truth)):
+            show(left, imagined[k], title="imagined from the first image")
+            show(right, truth[k], title="what happens")
             figure.supxlabel(f"after {k} actions")
             writer.grab_frame()
 
@@ -620,8 +590,8 @@ def inspect(device):
     torch.manual_seed(0)
     untrained = type(first)(**first.arguments)
     episodes = np.unique(data.episode)
-    untrained.start_from(*sample_patches(data, episodes, 0))  # as training begins
-    untrained.find_ends(*sample_steps(data, episodes))
+    untrained.start_from(*dataset.sample_patches(data, episodes, 0))  # as training begins
+    untrained.find_ends(*dataset.sample_steps(data, episodes))
     untrained.dynamics.local = False  # as far as its pointers know
     encoders = {**models, "untrained": untrained.to(device).eval()}
     same = SimpleNamespace(encode=first.encode_target, encode_target=first.encode_target,
@@ -640,15 +610,14 @@ def inspect(device):
         for name in {**strict, **probes}:
             known = {"probes": probes[name]} if name in probes else {}
             scores[name] = {**scores.get(name, {}), **strict.get(name, {}), **known}
+    report = {"world": about, "checkpoints": {}, "controls": scores}
     for name, model in models.items():
-        score = scores[name]
+        report["checkpoints"][name] = score = scores.pop(name)
         score |= {"dims": model.latent_dim, "epoch": contents[name]["epoch"]}
         if hasattr(model, "decode"):
             score["decoder"] = decoder_errors(model, latents[name], world)
         score["verdict"], score["reasons"] = judge(
             score, scores["untrained"], scores["copy"], scores.get("simulator"))
-    report = {"world": about, "checkpoints": {name: scores.pop(name) for name in models},
-              "controls": scores}
     print_report(report)
     shots = imagined_pictures(models, latents, world, meta.get("tile_size"), device)
     text = json.dumps(report, indent=1) + "\n"

@@ -107,9 +107,8 @@ def cut_windows(world, most):
     starts = np.unique(np.linspace(0, len(before) - 1, most).astype(int))
     steps = starts[:, None] + np.arange(HORIZON)
     valid = steps <= last[np.searchsorted(last, starts)][:, None]
-    steps = np.minimum(steps, len(before) - 1)
-    frames = np.concatenate([before[starts][:, None], after[steps]], 1)
-    return frames, world["actions"][steps], valid
+    frames = np.concatenate([before[starts][:, None], after.take(steps, mode="clip")], 1)
+    return frames, world["actions"].take(steps, mode="clip"), valid
 
 
 # --------------------------------------------------------------------- 2. what the tutorial prints
@@ -607,9 +606,8 @@ def inspect(device):
             {**models, "copy": same}, latents, world, meta["tile_size"], device)
         probes, about["probe_frames"] = score_probes(
             encoders, latents, world, probe_seed, meta, device)
-        for name in {**strict, **probes}:
-            known = {"probes": probes[name]} if name in probes else {}
-            scores[name] = {**scores.get(name, {}), **strict.get(name, {}), **known}
+        for name, its in [*strict.items(), *((n, {"probes": p}) for n, p in probes.items())]:
+            scores[name] = scores.get(name, {}) | its
     report = {"world": about, "checkpoints": {}, "controls": scores}
     for name, model in models.items():
         report["checkpoints"][name] = score = scores.pop(name)

@@ -223,7 +223,6 @@ def _read_frames(obs, next_obs, H, W, p):
     """Read both members in step -> tiles, frame_tiles and the two indices, as arrays."""
     N, h, w, size = obs.shape[0], H // p, W // p, p * p * 3
     numbers, maps, new, last = {}, [], [], None  # numbers: {bytes of a tile: its number}
-    both = {"return_index": True, "return_inverse": True}
     step = max(1, CHUNK // (H * W * 3 * (obs.dtype.itemsize + next_obs.dtype.itemsize)))
     for start in range(0, N, step):
         count = min(step, N - start)
@@ -237,9 +236,9 @@ def _read_frames(obs, next_obs, H, W, p):
         last = words[-1]
         tiles = frames.reshape(-1, h, p, w, p * 3)[new[-1]].swapaxes(2, 3)  # (., h, w, p, p * 3)
         rows = np.pad(tiles.reshape(-1, size), ((0, 0), (0, -size % 8))).view(np.uint64)
-        _, first, place = np.unique(rows @ HASH[: rows.shape[1]], **both)
+        _, first, place, _ = np.unique_all(rows @ HASH[: rows.shape[1]])
         if not np.array_equal(rows[first][place], rows):  # two tiles with one hash: sort whole rows
-            _, first, place = np.unique(rows.view(f"V{rows.shape[1] * 8}")[:, 0], **both)
+            _, first, place, _ = np.unique_all(rows.view(f"V{rows.shape[1] * 8}")[:, 0])
         ids = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows[first]])
         kind = np.uint8 if len(numbers) <= 256 else np.int32
         maps.append(ids[place].reshape(-1, h, w).astype(kind))
@@ -321,8 +320,7 @@ class WindowBatches:
                             "next_obs[t] is obs[t + 1]: lower WINDOW in train_jepa.py, or raise "
                             f"MAX_STEPS_PER_EPISODE and {COLLECT}")
         # Starts are sorted and episodes never decrease, so each episode's starts are one run.
-        _, self.first, self.count = np.unique(
-            transitions.episode[self.starts], return_index=True, return_counts=True)
+        _, self.first, _, self.count = np.unique_all(transitions.episode[self.starts])
         self.errors = torch.ones(len(transitions))      # of each, when it was last learnt
 
     def set_epoch(self, epoch):

@@ -370,6 +370,7 @@ class JEPAWorldModel(nn.Module):
         grid = tuple(side // patch_size for side in image_size)
         self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim, moving_dim, grid,
                                        features, kinds)
+        self.dynamics.local = self.objective != "byol"  # whose pointers are not taught
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         # Two latents are one state if their cosine is above this: see validate in train_jepa.py.
         self.register_buffer("same_state", torch.tensor(0.95))
@@ -439,10 +440,6 @@ class BYOLWorldModel(JEPAWorldModel):
     pointers. It collapses, since what is the same for all images is easiest to predict."""
 
     objective = "byol"
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.dynamics.local = False  # as far as its pointers know
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
@@ -601,8 +598,6 @@ def pointing(dynamics, moving, mobility):
 
 
 # ----------------------------- 5. What a latent is worth: three numbers that the loss does not show
-
-
 def latent_spread(z):
     """(N, D) unit-norm -> float: mean over dims of the standard deviation, times sqrt(D).
 
@@ -638,8 +633,6 @@ def hits_at_1(z, candidates, true_index):
 
 
 # ----------------------------------------------------------------------- 6. Checkpoints and devices
-
-
 class CheckpointError(ValueError):
     """One sentence that names the checkpoint and the next command."""
 

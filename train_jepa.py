@@ -149,7 +149,7 @@ def new_batches(data, episodes):
 
 def new_optimizer(model, batches):
     """-> AdamW, and its one-cycle schedule over EPOCHS."""
-    # The usual beta2, 0.999, would keep what is seldom seen from being learnt.
+    # With the usual beta2, 0.999, what is seldom seen is learnt more slowly.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                   LEARNING_RATE, (0.9, 0.95), weight_decay=1e-4, fused=True)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(

@@ -259,7 +259,7 @@ class LatentDynamics(nn.Module):
     def tell(self, static):
         """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where? With
         Adam, weights five times as large, of what is a fifth, learn at a fifth of the rate: else
-        rare things in rare places, as doors, are not told."""
+        rare things, as doors at one place of many, are told less often."""
         return self.assign(self.to_map(static / 5).unflatten(-1, (-1, math.prod(self.grid))))
 
     def assign(self, x):

@@ -303,7 +303,8 @@ def window_starts(transitions, length, episodes=None):
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
     ones of this batch, index (B, T+1, h, w) int64 into them, steps (B, T) int64, the numbers of
-    the transitions, and actions (B, T) int64.
+    the transitions, and actions (B, T) int64. Also layouts (further * B, h, w) int64, into the
+    patches too: frames drawn from all that windows start with.
 
     An epoch has as many windows as `windows_per_episode` says, and what it draws depends on `seed`,
     the epoch and `errors`. Half of a batch is of episodes in random order, one window of each. The
@@ -311,9 +312,10 @@ class WindowBatches:
     errors (Schaul et al. 2016): a gap in a wall is entered once in 300 steps. DataError where no
     episode has a window."""
 
-    def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1):
+    def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1,
+                 further=2):
         self.transitions, self.window, self.batch_size = transitions, window, batch_size
-        self.seed, self.passes, self.epoch = seed, windows_per_episode, 0
+        self.seed, self.passes, self.further, self.epoch = seed, windows_per_episode, further, 0
         self.starts = window_starts(transitions, window, episodes)
         if not len(self.starts):
             raise DataError(f"{transitions.path} has no {window} steps of one episode in which "
@@ -345,9 +347,12 @@ class WindowBatches:
             t = self.starts[np.concatenate([visited[len(drawn) :], drawn]), None]
             t = torch.from_numpy(t + np.arange(self.window)).to(data.actions.device)
             frames = torch.cat([data.obs_index[t], data.next_obs_index[t[:, -1:]]], 1)
-            tiles, index = data.frame_tiles[frames].unique(return_inverse=True)
-            yield {"patches": data.tiles[tiles.long()], "index": index, "steps": t,
-                   "actions": data.actions[t]}
+            others = torch.from_numpy(rng.choice(self.starts, self.further * len(t))).to(t.device)
+            both = torch.cat([frames.flatten(), data.obs_index[others]])
+            tiles, index = data.frame_tiles[both].unique(return_inverse=True)
+            yield {"patches": data.tiles[tiles.long()], "steps": t, "actions": data.actions[t],
+                   "index": index[:frames.numel()].unflatten(0, frames.shape),
+                   "layouts": index[frames.numel():]}
 
 
 def sample_patches(transitions, episodes, seed):
@@ -356,7 +361,7 @@ def sample_patches(transitions, episodes, seed):
     window = min(4, np.bincount(transitions.episode)[episodes].max())
     most = 2**24 if len(transitions.tiles) < 2**18 else 2**18       # patches, or distinct ones
     size = min(8192, max(1, most // (5 * transitions.frame_tiles[0].numel())))
-    batch = next(iter(WindowBatches(transitions, episodes, window, size, seed, 10)))
+    batch = next(iter(WindowBatches(transitions, episodes, window, size, seed, 10, 0)))
     return batch["patches"], batch["index"]
 
 

@@ -85,9 +85,9 @@ def settings():
         raise DataError(f"OBJECTIVE is {OBJECTIVE!r}: make it one of {', '.join(MODELS)} in "
                         "train_jepa.py")
     values = {"OBJECTIVE": OBJECTIVE, **collect.check_numbers(globals(), RULES, "train_jepa.py")}
-    if not MOVING_DIM < LATENT_DIM:
-        raise DataError(f"MOVING_DIM is {MOVING_DIM}: make it less than LATENT_DIM ({LATENT_DIM}) "
-                        "in train_jepa.py")
+    if not MOVING_DIM < LATENT_DIM - 8:
+        raise DataError(f"MOVING_DIM is {MOVING_DIM}: make it less than LATENT_DIM - 8 "
+                        f"({LATENT_DIM - 8}) in train_jepa.py")
     return values
 
 
@@ -275,8 +275,10 @@ def validate(model, data, episodes):
     prediction is that of the true next frame; only transitions in which something moved count.
     `copy` predicts that nothing changes.
 
-    Also sets model.same_state, for the planner: two thirds of the way from the cosine that the
-    latents of two different frames of one episode hardly ever exceed (a pair in 10,000) to 1.
+    For the planner it also sets model.part_weights, by the inverse of each part's mean error (an
+    opened door changes the static part by less than the moving part is wrong), and
+    model.same_state: two thirds of the way from the cosine that the latents, so weighted, of two
+    different frames of one episode hardly ever exceed (a pair in 10,000) to 1.
     """
     device = data.actions.device
     starts = torch.from_numpy(window_starts(data, 1, episodes)[:5000])
@@ -291,13 +293,17 @@ def validate(model, data, episodes):
     before, after = same[pair]
     online = encode_frames(model, data, used[first])
     target = encode_frames(model, data, used[first], target=True)
+    predicted = model.predict_next(online[before], data.actions[starts])
+    moved = before != after
+    parts = (z.tensor_split([model.moving_dim], -1) for z in (predicted, target[after]))
+    error = torch.stack([1 - F.cosine_similarity(*both, dim=-1).mean() for both in zip(*parts)])
+    weights = 1 / error.clamp_min(0.01 * error.max() + 1e-6)
+    model.part_weights.copy_(weights / weights.sum())
     others = (episode[:, None] == episode) & (before[:, None] != before)
-    unit = F.normalize(target[before], dim=1)
+    unit = model.weigh(target[before])
     cosines = (unit @ unit.T)[others].sort().values
     if len(cosines):
         model.same_state.fill_((2 + cosines[int(0.9999 * (len(cosines) - 1))]) / 3)
-    predicted = model.predict_next(online[before], data.actions[starts])
-    moved = before != after
     return {
         "val_loss": F.mse_loss(predicted, target[after]).item(),
         "cos": F.cosine_similarity(predicted, target[after]).mean().item(),

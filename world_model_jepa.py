@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 12
+CHECKPOINT_FORMAT = 13
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
@@ -73,7 +73,8 @@ def slow_features(x, share, index, number, limit=0.3):
 
     x (P, C) centred features of patches, share (P,) how often each occurs, index (B, T+1, h, w)
     into them -> (C, number): x @ it are the first principal components of what is kept, whose
-    total variance is 1. And (C, C): x @ it is what is not kept.
+    total variance is 1. And (C, C): x @ it is what is not kept, where the rare counts for more: its
+    directions are scaled towards equal variance.
     """
     size, axes = torch.linalg.eigh(x.T * share @ x)
     size, axes = (part[..., size > 1e-6 * size[-1]] for part in (size, axes))
@@ -83,10 +84,12 @@ def slow_features(x, share, index, number, limit=0.3):
         difference = (y[some[:, 0]] - y[some[:, -1]]).flatten(0, -2)
         change = change + difference.T @ difference / index[:, 0].numel()
     change, directions = torch.linalg.eigh(change)
-    kept = white @ directions / (1 + (change / limit) ** 8) @ directions.T @ unwhite
+    keep = 1 / (1 + (change / limit) ** 8)
+    kept = white @ directions * keep @ directions.T @ unwhite
+    fast = axes * (size + 0.1 * size[-1:]).rsqrt() @ directions * (1 - keep) @ axes.T
     y = x @ kept
     size, axes = torch.linalg.eigh(y.T * share @ y)
-    return kept @ axes[:, -number:] / (size.sum() + 1e-9).sqrt(), torch.eye(len(kept)) - kept
+    return kept @ axes[:, -number:] / (size.sum() + 1e-9).sqrt(), fast
 
 
 class ConvEncoder(nn.Module):
@@ -96,14 +99,15 @@ class ConvEncoder(nn.Module):
     itself. Two readouts then fill the two parts of the latent:
 
     - the moving part (first `moving_dim` dims) reads each channel's maximum over every row and over
-      every column: one step of the agent is the same small change everywhere.
+      every column, of what is mobile: one step of the agent is the same small change everywhere.
     - the static part is a linear map of `features` numbers at every place, so that it can keep each
-      wall and gap of a layout. They are the slow features of a convolution that stays as it began
-      (as the patch projection of MoCo v3: Chen et al. 2021): of what comes and goes, as the agent
-      and its light, hardly anything reaches it.
+      wall and gap of a layout, and their sums over all places: what is there, wherever it is. They
+      are the slow features of a convolution that stays as it began (as the patch projection of MoCo
+      v3: Chen et al. 2021): of what comes and goes, as the agent and its light, hardly anything
+      reaches it.
 
     Raises:
-        ValueError: the image size is no multiple of the patch size.
+        ValueError: the image size is no multiple of the patch size, or the static part too small.
     """
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
@@ -113,6 +117,9 @@ class ConvEncoder(nn.Module):
         if height % patch_size or width % patch_size:
             raise ValueError(
                 f"image size {height}x{width} is no multiple of the patch size {patch_size}")
+        if latent_dim <= moving_dim + features:
+            raise ValueError(f"latent_dim is {latent_dim}: more than moving_dim + features "
+                             f"({moving_dim + features}) is wanted")
         h, w = height // patch_size, width // patch_size
         self.patch_size = patch_size
         self.convolution = nn.Conv2d(in_channels, channels, patch_size, stride=patch_size)
@@ -121,9 +128,10 @@ class ConvEncoder(nn.Module):
         self.register_buffer("average", torch.zeros(filters))        # over the data's patches
         self.register_buffer("slow", torch.eye(filters, features))   # see slow_features
         self.register_buffer("fast", torch.eye(filters))
+        self.register_buffer("mobile", torch.ones(()))  # a frame's largest mobility, on average
         self.register_buffer("usual", torch.zeros(h * w, features))  # slow features, average frame
         self.moving = nn.Linear(channels * (h + w), moving_dim)
-        self.static = nn.Linear(features * h * w, latent_dim - moving_dim)
+        self.static = nn.Linear(features * h * w, latent_dim - moving_dim - features)
 
     @torch.no_grad()
     def start_from(self, patches, index):
@@ -149,6 +157,9 @@ class ConvEncoder(nn.Module):
         slow, fast = slow_features(x.double(), share.double(), index, self.slow.shape[1])
         self.slow.copy_(slow)
         self.fast.copy_(fast)
+        mobility = (x @ self.fast).square().sum(1)
+        most = [mobility[some].flatten(-2).amax(-1).mean(1) for some in index.split(64)]
+        self.mobile.copy_(torch.cat(most).mean() + 1e-9)
         x = x @ self.slow
         shown = (F.embedding(some.flatten(1), x) for some in index[:, 0].split(8))
         self.usual.copy_(sum(some.sum(0) for some in shown) / len(index))
@@ -161,31 +172,33 @@ class ConvEncoder(nn.Module):
 
     def look_slowly(self, patches):
         """(P, C, p, p) -> slow features (P, features), 0 for the average, and mobility (P,): how
-        much there is of what comes and goes. As light is in many places and the agent in one, it is
-        the agent's patch that is far from average."""
+        much there is of what comes and goes, 1 for the usual frame's most. As light is in many
+        places and the agent in one, it is the agent's patch that is far from average."""
         x = self.look(self.fixed, patches) - self.average
-        return x @ self.slow, (x @ self.fast).square().sum(1)
+        return x @ self.slow, (x @ self.fast).square().sum(1) / self.mobile
 
     def forward(self, obs):
         return self.from_patches(*cut(obs, self.patch_size))
 
-    def from_patches(self, patches, index, slow=None):
+    def from_patches(self, patches, index, looks=None):
         """Images put together from patches (P, C, p, p) as index (B, h, w) says -> their latents
-        (B, latent_dim). The moving part sees the maxima of each row and of each column. slow
-        (P, features), if they are known already: see look_slowly.
+        (B, latent_dim). The moving part sees the maxima of each row and of each column, of patches
+        as far as they are mobile. looks: what look_slowly says of the patches, if that is known.
 
         A batch of MiniGrid frames has 100,000 patches but a few dozen distinct ones, and each is
         looked at once.
         """
-        x = self.look(self.convolution, patches)                        # (P, channels)
-        profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)
+        slow, mobility = self.look_slowly(patches) if looks is None else looks
+        x = self.look(self.convolution, patches) * mobility.clamp_max(1).square()[:, None]
+        profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)    # (B, h + w, channels)
         moving = self.moving(profiles.flatten(1))
-        slow = self.look_slowly(patches)[0] if slow is None else slow
         return join(moving, self.lay_out(F.embedding(index.flatten(1), slow).flatten(1)))
 
     def lay_out(self, shown):
         """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm."""
-        return self.static(shown) - self.static.weight @ self.usual.flatten()
+        shown = shown - self.usual.flatten()
+        pooled = shown.unflatten(-1, self.usual.shape).sum(-2) / math.sqrt(len(self.usual))
+        return torch.cat([self.static(shown), pooled], -1)
 
 
 # --------------------------------------------------- 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
@@ -270,10 +283,11 @@ class LatentDynamics(nn.Module):
 
     @torch.no_grad()
     def draw_map(self, told):
-        """Log-probabilities of kinds (..., kinds, N) -> slow features (..., N, features). Half of
-        `log_share` is subtracted, or rare kinds, as goals, are missed. No gradient: `places` alone
-        decides what the map shows."""
-        return (told - 0.5 * self.log_share[:, None]).softmax(-2).mT @ self.kinds
+        """Log-probabilities of kinds (..., kinds, N) -> slow features (..., N, features), of one
+        kind exactly in eval mode. Half of `log_share` is subtracted, or rare kinds, as goals, are
+        missed. No gradient: `places` alone decides what the map shows."""
+        told = told - 0.5 * self.log_share[:, None]
+        return told.softmax(-2).mT @ self.kinds if self.training else self.kinds[told.argmax(-2)]
 
     @torch.no_grad()
     def point(self, moving):
@@ -354,7 +368,7 @@ class JEPAWorldModel(nn.Module):
     Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
 
     Raises:
-        ValueError: the image size is no multiple of the patch size.
+        ValueError: the image size is no multiple of the patch size, or the static part too small.
     """
 
     objective = "jepa"
@@ -372,7 +386,9 @@ class JEPAWorldModel(nn.Module):
                                        features, kinds)
         self.dynamics.local = self.objective != "byol"  # whose pointers are not taught
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        # Two latents are one state if their cosine is above this: see validate in train_jepa.py.
+        # For the planner, see validate in train_jepa.py: how much each part counts, and the cosine
+        # above which two latents are one state.
+        self.register_buffer("part_weights", torch.full((2,), 0.5))
         self.register_buffer("same_state", torch.tensor(0.95))
 
     def start_from(self, patches, index):
@@ -416,6 +432,12 @@ class JEPAWorldModel(nn.Module):
             z = self.predict_next(z, actions[:, t])
             latents.append(z)
         return torch.stack(latents, 1)
+
+    def weigh(self, z):
+        """(..., latent_dim) -> the same, unit norm, where each part counts for what the planner
+        gives it: the more, the better it is predicted."""
+        parts = zip(z.tensor_split([self.moving_dim], -1), self.part_weights.sqrt())
+        return torch.cat([F.normalize(part, dim=-1) * weight for part, weight in parts], -1)
 
     def forward(self, obs, next_obs, actions):
         """(B, 3, H, W) twice, (B,) -> loss, z_pred (B, latent_dim), z_target (B, latent_dim): one
@@ -478,30 +500,33 @@ class Losses(nn.Module):
         return compute_losses(self.model, batch)
 
 
-def encode_shared(encoder, patches, index, slow):
+def encode_shared(encoder, patches, index, looks):
     """from_patches, each process encoding its rows of the batch. Gradients flow through, so that
     every process has the losses and gradients of the whole batch."""
     if not dist.is_initialized():
-        return encoder.from_patches(patches, index, slow)
+        return encoder.from_patches(patches, index, looks)
     world = dist.get_world_size()
     rows = torch.arange(-(-len(index) // world) * world, device=index.device) % len(index)
     own = index[rows].chunk(world)[dist.get_rank()]  # equal shares: the first frames twice
-    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, slow)))[:len(index)]
+    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, looks)))[:len(index)]
 
 
 def compute_losses(model, batch):
     """A batch of windows -> {term: scalar}, and the prediction errors (B, T) without gradient.
 
     batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, T+1, h, w) that puts
-    the windows' frames together from them; actions (B, T). An error is the squared distance of two
-    unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is logged (of
-    reconstruction, that of pixels is logged).
+    the windows' frames together from them; actions (B, T); layouts (N, h, w), further frames, of
+    which only the static part is encoded, as that takes next to no time. An error is the squared
+    distance of two unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is
+    logged (of reconstruction, that of pixels is logged).
     """
     patches, index, actions = batch["patches"] / 255, batch["index"], batch["actions"]
     B, T = actions.shape
-    slow, mobility = model.encoder.look_slowly(patches)     # (P, features), (P,)
-    z = encode_shared(model.encoder, patches, index.flatten(0, 1), slow).unflatten(0, (B, T + 1))
+    slow, mobility = looks = model.encoder.look_slowly(patches)     # (P, features), (P,)
+    z = encode_shared(model.encoder, patches, index.flatten(0, 1), looks).unflatten(0, (B, T + 1))
     moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
+    further = model.encoder.lay_out(F.embedding(batch["layouts"].flatten(1), slow).flatten(1))
+    layouts = torch.cat([static[:, 0], F.normalize(further, dim=-1) * math.sqrt(static.shape[-1])])
     dynamics, noisy = model.dynamics, add_noise(moving[:, :-1])
     true = dynamics.assign(slow.T)                          # (kinds, P)
     maps = F.embedding(index, dynamics.draw_map(true))                  # (B, T+1, h, w, features)
@@ -511,7 +536,7 @@ def compute_losses(model, batch):
     predicted = join(after, dynamics.write(
         static[:, :-1], maps[:, :-1], place, seen, around, model.encoder.lay_out))
     if model.objective == "reconstruction":
-        static = static.detach()                            # pixels alone shape it
+        layouts = layouts.detach()                          # pixels alone shape it
         frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         decoded, error = ((model.decode(x.flatten(0, 1)) - y.flatten(0, 1)).square().mean(
             (1, 2, 3)) for x, y in ((z, frames), (predicted, frames[:, 1:])))
@@ -520,7 +545,7 @@ def compute_losses(model, batch):
     else:
         with torch.no_grad():
             target = encode_shared(
-                model.target_encoder, patches, index[:, 1:].flatten(0, 1), slow)
+                model.target_encoder, patches, index[:, 1:].flatten(0, 1), looks)
         error = (predicted - target.unflatten(0, (B, T))).square().sum(-1)              # (B, T)
         if model.objective == "byol":
             return {"prediction": error.mean()}, error.detach()
@@ -528,13 +553,13 @@ def compute_losses(model, batch):
         # by KL balancing): what cannot be foreseen, as where light falls, is left out.
         unforeseen = (predicted.detach() - z[:, 1:]).square().sum(-1).mean()
         within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
-        layout = static.mean(1)
         terms = {
             "prediction": weigh_by_error(error) + 0.1 * unforeseen,
-            "spread": vicreg(within.flatten(0, 1)) + vicreg(layout - layout.mean(0), variance=2),
+            "spread": vicreg(within.flatten(0, 1)) + vicreg(layouts - layouts.mean(0), variance=2),
             "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
     changes = weigh_by_error((around - then).square().sum((-1, -2)))
-    return {**terms, "places": places(dynamics.tell(static[:, 0]), true, index[:, 0]) + changes,
+    told = places(dynamics.tell(layouts), true, torch.cat([index[:, 0], batch["layouts"]]))
+    return {**terms, "places": told + changes,
             "pointing": pointing(dynamics, moving, mobility[index])}, error.detach()
 
 

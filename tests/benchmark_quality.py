@@ -136,7 +136,11 @@ class PlainModel(JEPAWorldModel):
         self.encoder = self.target_encoder = PlainEncoder(in_channels, latent_dim, image_size)
         self.dynamics = PlainDynamics(latent_dim, num_actions)
         self.inverse = mlp(2 * latent_dim, 256, 256, num_actions)
+        self.register_buffer("part_weights", torch.full((2,), 0.5))
         self.register_buffer("same_state", torch.tensor(0.95))
+
+    def weigh(self, z):
+        return F.normalize(z, dim=-1)
 
     def start_from(self, patches, index):
         """Nothing to do: usual filters."""

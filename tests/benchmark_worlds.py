@@ -35,9 +35,7 @@ import train_jepa  # noqa: E402
 
 SIDE_BY_SIDE = 1   # worlds at a time, one core each
 PLAN_MINUTES = 2   # of a world, then no further task is begun: searches that fail take their time
-# {script: {constant: value}}; the rest as it is. Where things may be laid down anywhere, there are
-# more states than any search looks at.
-SETTINGS = {"plan_with_jepa": {"NUM_TASKS": 30, "MAX_STATES": 5000}}
+SETTINGS = {"plan_with_jepa": {"NUM_TASKS": 30}}  # {script: {constant: value}}; the rest as it is
 WORLDS = """
     MiniGrid-MultiRoom-N4-S5-v1 MiniGrid-MultiRoom-N2-S4-v0 BabyAI-UnlockLocal-v0
     MiniGrid-FourRooms-v0 MiniGrid-LockedRoom-v0 MiniGrid-Playground-v0 MiniGrid-MemoryS13Random-v0

@@ -379,13 +379,17 @@ def known_windows(arrays, batches):
     """Checks each window of a pass against the arrays -> [start, ...]."""
     starts = []
     for batch in batches:
-        assert batch.keys() == {"patches", "index", "actions", "steps"}
+        assert batch.keys() == {"patches", "index", "actions", "steps", "layouts"}
         B, T = batch["actions"].shape
         assert batch["index"].shape == (B, T + 1, 4, 5)
         assert batch["index"].dtype == batch["actions"].dtype == torch.int64
         # Distinct patches, all of this batch and no others.
         assert len(batch["patches"].unique(dim=0)) == len(batch["patches"])
-        assert torch.equal(batch["index"].unique(), torch.arange(len(batch["patches"])))
+        used = torch.cat([batch["index"].flatten(), batch["layouts"].flatten()]).unique()
+        assert torch.equal(used, torch.arange(len(batch["patches"])))
+        further = md.join_tiles(batch["patches"], batch["layouts"]).permute(0, 2, 3, 1).numpy()
+        known = {frame.tobytes() for frame in arrays["obs"]}
+        assert len(further) == 2 * B and all(frame.tobytes() in known for frame in further)
         for maps, actions, steps in zip(batch["index"], batch["actions"].tolist(),
                                         batch["steps"].tolist(), strict=True):
             pixels = md.join_tiles(batch["patches"], maps).permute(0, 2, 3, 1).numpy()

@@ -52,9 +52,9 @@ def images(count, seed=0):
 
 def batch(B=4, T=3, seed=0):
     """What compute_losses takes."""
-    patches, index, _ = images(B * (T + 1), seed)
-    return {"patches": (255 * patches).byte(), "index": index.unflatten(0, (B, T + 1)),
-            "actions": torch.randint(7, (B, T))}
+    patches, index, _ = images(B * (T + 1) + 2 * B, seed)
+    return {"patches": (255 * patches).byte(), "actions": torch.randint(7, (B, T)),
+            "index": index[2 * B:].unflatten(0, (B, T + 1)), "layouts": index[:2 * B]}
 
 
 @pytest.fixture(params=list(MODELS))
@@ -72,6 +72,51 @@ def test_deduplicated_patches_give_the_latents_of_pixels(model):
     torch.testing.assert_close(join_tiles(every, places_), pixels, rtol=0, atol=0)
     many = torch.cat([patches, torch.rand(1000, 3, 8, 8)])
     torch.testing.assert_close(model.encoder.from_patches(many, index), model.encode(pixels))
+
+
+def test_the_moving_part_sees_what_is_mobile_and_the_static_part_all():
+    torch.manual_seed(0)
+    encoder = ConvEncoder()
+    patches, index, _ = images(3)
+    slow, mobility = encoder.look_slowly(patches)[0], torch.tensor([1, 0.5, 0, 0, 0, 0])
+    other = torch.cat([patches[:2], torch.rand(4, 3, 8, 8)])
+    slow_too = encoder.look_slowly(other)[0]
+    z, same = (encoder.from_patches(some, index, looks)[:, :48] for some, looks in (
+        (patches, (slow, mobility)), (other, (slow_too, mobility))))
+    torch.testing.assert_close(z, same)
+    seen = encoder.from_patches(other, index, (slow_too, torch.ones(6)))[:, :48]
+    assert F.cosine_similarity(z, seen).max() < 0.99
+    half = encoder.from_patches(patches, index, (slow, mobility.clamp_max(0.5)))[:, :48]
+    less = encoder.look(encoder.convolution, patches)[:2] / 4           # by the square
+    encoder.look = lambda convolution, some: torch.cat([less, torch.zeros(4, 24)])
+    torch.testing.assert_close(
+        half, encoder.from_patches(patches, index, (slow, torch.ones(6)))[:, :48])
+
+
+def test_the_static_part_holds_sums_over_all_places():
+    encoder = ConvEncoder()
+    encoder.usual.normal_()
+    shown = torch.randn(5, 64, 8)
+    sums = encoder.lay_out(shown.flatten(1))[:, -8:]
+    torch.testing.assert_close(sums, (shown - encoder.usual).sum(1) / 8)
+    torch.testing.assert_close(sums, encoder.lay_out(shown.roll(3, 1).flatten(1))[:, -8:])
+
+
+def test_a_map_shows_one_kind_a_place_when_it_is_not_training(model):
+    model.dynamics.kinds.normal_()
+    told = torch.randn(2, 32, 64).log_softmax(1)
+    shown = model.dynamics.draw_map(told)
+    assert torch.equal(shown, model.dynamics.kinds[told.argmax(1)])
+    assert (model.train().dynamics.draw_map(told) - shown).abs().max() > 0.1
+
+
+def test_the_planner_compares_the_parts_by_their_weights(model):
+    model.part_weights.copy_(torch.tensor([0.2, 0.8]))
+    z, other = torch.randn(2, 9, 128)
+    moving, static = (F.cosine_similarity(z[:, part], other[:, part])
+                      for part in (slice(48), slice(48, None)))
+    torch.testing.assert_close((model.weigh(z) * model.weigh(other)).sum(1),
+                               0.2 * moving + 0.8 * static)
 
 
 @pytest.mark.parametrize("lines_shape", [(5, 8, 8), (3, 2, 7), (1, 1, 1)])
@@ -292,8 +337,12 @@ def test_slow_features_by_hand():
     x = torch.cat([new(now), new(then)], 1).flatten(0, -2) * torch.tensor([1, 1, 5])
     index = torch.arange(len(x)).view(64, 2, 50, 50)
     slow, fast = slow_features(x, torch.full((len(x),), 1 / len(x)).double(), index, 3)
-    left = (x @ fast).square().sum(0) / x.square().sum(0)   # 0, a quarter and all of the directions
-    torch.testing.assert_close(left, torch.tensor([0, 0.25, 1]).double(), atol=0.02, rtol=0)
+    # Left are 0, a quarter and all of variances 1, 1 and 25, over what each is, and 2.5, a tenth of
+    # the largest: what there is less of counts for more.
+    left = torch.stack([(x * one @ fast).square().sum() / (x * one).square().sum()
+                        for one in torch.eye(3).double()])
+    torch.testing.assert_close(left, torch.tensor([0, 0.25 / 3.5, 1 / 27.5]).double(),
+                               atol=0.002, rtol=0)
     gains = torch.linalg.svdvals(slow)
     assert gains[0] / gains[1] == pytest.approx(2, rel=0.02) and gains[2] < 0.01 * gains[0]
     assert (x @ slow).square().sum(1).mean() == pytest.approx(1, rel=1e-6)
@@ -580,7 +629,7 @@ def test_bad_checkpoints_are_one_sentence(tmp_path):
 def test_mutated_checkpoints_give_equal_weights_or_an_error(tmp_path):
     path, rng = tmp_path / "model.pt", random.Random(0)
     model = JEPAWorldModel(latent_dim=12, moving_dim=6, image_size=(16, 16), channels=3,
-                           hidden_dim=8)
+                           features=3, hidden_dim=8)
     save_checkpoint(path, model, model.state_dict(), **REST)
     content, expected, equal = path.read_bytes(), model.state_dict(), 0
     with zipfile.ZipFile(path) as archive:

@@ -356,6 +356,22 @@ def test_the_planners_threshold_does_not_depend_on_the_length_of_latents(few):
     assert thresholds[0] == pytest.approx(thresholds[1], abs=1e-5) and 0.5 < thresholds[0] < 1
 
 
+def test_parts_that_are_better_predicted_count_for_more(few):
+    data = load_transitions(few)
+    episodes = split_by_episode(data, 0.05, 0)[0]
+    model = train_jepa.new_model(data, episodes)
+    target = train_jepa.encode_frames(model, data, data.next_obs_index, target=True)
+    noise = torch.randn_like(target) * torch.cat([torch.full((48,), 0.03), torch.full((80,), 0.01)])
+    model.predict_next = lambda z, actions: (target + noise)[:len(z)]
+    train_jepa.validate(model, data, range(data.episode[-1] + 1))
+    moving, static = (
+        (1 - F.cosine_similarity(target[:, part], (target + noise)[:, part])).mean().item()
+        for part in (slice(48), slice(48, None)))
+    assert static < moving
+    assert model.part_weights.tolist() == pytest.approx(
+        [static / (moving + static), moving / (moving + static)], rel=0.01)
+
+
 @pytest.mark.parametrize("least", [1, 9, 40])
 def test_few_data_are_gone_through_more_often(few, monkeypatch, least):
     monkeypatch.setattr(train_jepa, "MIN_BATCHES", least)

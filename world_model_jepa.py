@@ -549,12 +549,9 @@ def compute_losses(model, batch):
         error = (predicted - target.unflatten(0, (B, T))).square().sum(-1)              # (B, T)
         if model.objective == "byol":
             return {"prediction": error.mean()}, error.detach()
-        # The encoder, too, commits to what is predicted (as VQ-VAE's to its codes, and DreamerV2's
-        # by KL balancing): what cannot be foreseen, as where light falls, is left out.
-        unforeseen = (predicted.detach() - z[:, 1:]).square().sum(-1).mean()
         within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
         terms = {
-            "prediction": weigh_by_error(error) + 0.1 * unforeseen,
+            "prediction": weigh_by_error(error),
             "spread": vicreg(within.flatten(0, 1)) + vicreg(layouts - layouts.mean(0), variance=2),
             "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
     changes = weigh_by_error((around - then).square().sum((-1, -2)))

@@ -8,7 +8,7 @@
 A latent has two parts of equal norm: the moving part tells where and how what moves is, the static
 part is a map of all else, which stays until it is moved or opened. The objective:
 
-    L = prediction + places + spread + smoothness + 0.01 pointing
+    L = prediction + places + 0.01 pointing
 
 This module reads and writes nothing but checkpoints.
 """
@@ -459,7 +459,7 @@ class JEPAWorldModel(nn.Module):
 
 class BYOLWorldModel(JEPAWorldModel):
     """With the tutorial's objective, the plain regression on the target: nothing teaches map and
-    pointers. It collapses, since what is the same for all images is easiest to predict."""
+    pointers, so that the dynamics do not see what stands ahead."""
 
     objective = "byol"
 
@@ -488,7 +488,7 @@ class ReconstructionWorldModel(JEPAWorldModel):
 MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, ReconstructionWorldModel)}
 
 
-# ------------------ 4. The objective: L = prediction + places + spread + smoothness + 0.01 pointing
+# ---------------------------------------- 4. The objective: L = prediction + places + 0.01 pointing
 class Losses(nn.Module):
     """compute_losses of a model, as a module: what DistributedDataParallel wraps."""
 
@@ -540,7 +540,7 @@ def compute_losses(model, batch):
         frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         decoded, error = ((model.decode(x.flatten(0, 1)) - y.flatten(0, 1)).square().mean(
             (1, 2, 3)) for x, y in ((z, frames), (predicted, frames[:, 1:])))
-        terms = {"prediction": weigh_by_error(decoded) + weigh_by_error(error)}
+        prediction = weigh_by_error(decoded) + weigh_by_error(error)
         error = error.view(B, T) * z.shape[-1]
     else:
         with torch.no_grad():
@@ -549,14 +549,10 @@ def compute_losses(model, batch):
         error = (predicted - target.unflatten(0, (B, T))).square().sum(-1)              # (B, T)
         if model.objective == "byol":
             return {"prediction": error.mean()}, error.detach()
-        within = (moving - moving.mean(1, keepdim=True)) * math.sqrt((T + 1) / T)
-        terms = {
-            "prediction": weigh_by_error(error),
-            "spread": vicreg(within.flatten(0, 1)) + vicreg(layouts - layouts.mean(0), variance=2),
-            "smoothness": 0.4 * moving.diff(dim=1).square().mean()}
+        prediction = weigh_by_error(error)
     changes = weigh_by_error((around - then).square().sum((-1, -2)))
     told = places(dynamics.tell(layouts), true, torch.cat([index[:, 0], batch["layouts"]]))
-    return {**terms, "places": told + changes,
+    return {"prediction": prediction, "places": told + changes,
             "pointing": pointing(dynamics, moving, mobility[index])}, error.detach()
 
 
@@ -572,20 +568,6 @@ def weigh_by_error(error):
     model that is sure of a blocked way there would lose next to nothing."""
     weight = error.detach() + 1e-3
     return (error * weight).sum() / weight.sum()
-
-
-def vicreg(z, variance=1, covariance=0.04):
-    """The two terms of VICReg (Bardes et al. 2022) that keep centred latents (N, D) from
-    collapsing: a hinge at standard deviation 1, and no covariance between dims.
-
-    The moving part is centred within each window, which takes away all that stays put in an
-    episode; else goal and layout, easy to predict, would take the place of the agent (std_t of
-    PLDM, Sobal et al. 2025). The static part is spread over layouts.
-    """
-    matrix = z.T @ z / max(1, len(z) - 1)                                   # (D, D)
-    own = matrix.diagonal()
-    hinge = F.relu(1 - (own + 1e-4).sqrt()).mean()
-    return variance * hinge + covariance * (matrix.square().sum() - own.square().sum()) / len(own)
 
 
 def places(told, true, index):

@@ -361,9 +361,9 @@ class LatentDynamics(nn.Module):
 class JEPAWorldModel(nn.Module):
     """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020).
 
-    The prediction from (encode(obs), action) is regressed on encode_target(next_obs); training adds
-    noise to the moving part, and shows the dynamics the true map. The target encoder is an
-    exponential moving average (EMA) of the online one and gets no gradient.
+    The prediction from (encode(obs), action) is regressed on encode_target(next_obs); in training,
+    the dynamics are shown the true map. The target encoder is an exponential moving average (EMA)
+    of the online one and gets no gradient.
 
     Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
 
@@ -527,12 +527,12 @@ def compute_losses(model, batch):
     moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
     further = model.encoder.lay_out(F.embedding(batch["layouts"].flatten(1), slow).flatten(1))
     layouts = torch.cat([static[:, 0], F.normalize(further, dim=-1) * math.sqrt(static.shape[-1])])
-    dynamics, noisy = model.dynamics, add_noise(moving[:, :-1])
+    dynamics, now = model.dynamics, moving[:, :-1]
     true = dynamics.assign(slow.T)                          # (kinds, P)
     maps = F.embedding(index, dynamics.draw_map(true))                  # (B, T+1, h, w, features)
-    place = dynamics.point(noisy)
+    place = dynamics.point(now)
     seen, then = (dynamics.glimpse(place, some) for some in (maps[:, :-1], maps[:, 1:]))
-    after, around = dynamics.step(noisy, seen, maps[:, :-1], actions)
+    after, around = dynamics.step(now, seen, maps[:, :-1], actions)
     predicted = join(after, dynamics.write(
         static[:, :-1], maps[:, :-1], place, seen, around, model.encoder.lay_out))
     if model.objective == "reconstruction":
@@ -554,13 +554,6 @@ def compute_losses(model, batch):
     told = places(dynamics.tell(layouts), true, torch.cat([index[:, 0], batch["layouts"]]))
     return {"prediction": prediction, "places": told + changes,
             "pointing": pointing(dynamics, moving, mobility[index])}, error.detach()
-
-
-def add_noise(moving, most=0.6):
-    """Gaussian noise of a scale drawn from 0 to `most`, so that imagination learns to mend its own
-    errors."""
-    noise = most * torch.rand_like(moving[..., :1]) * torch.randn_like(moving)
-    return F.normalize(moving + noise, dim=-1) * math.sqrt(moving.shape[-1])
 
 
 def weigh_by_error(error):

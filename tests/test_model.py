@@ -24,7 +24,6 @@ from world_model_jepa import (
     JEPAWorldModel,
     LatentDynamics,
     ReconstructionWorldModel,
-    add_noise,
     compute_losses,
     cut,
     effective_rank,
@@ -282,15 +281,6 @@ def test_nothing_is_written_where_what_moves_will_stand():
     torch.testing.assert_close(found, join(after, static))
 
 
-def test_noise_moves_where_a_step_starts_by_up_to_its_size():
-    torch.manual_seed(0)
-    moving = 48**0.5 * F.normalize(torch.randn(2000, 48), dim=1)
-    noisy = add_noise(moving, 0.3)
-    torch.testing.assert_close(noisy.norm(dim=1), moving.norm(dim=1))
-    off = F.cosine_similarity(noisy, moving).clamp(max=1).acos().tan()
-    assert off.min() < 0.01 and off.max() < 0.45 and off.mean() == pytest.approx(0.15, abs=0.02)
-
-
 # --------------------------------------------------------------------------- how an encoder begins
 def looks(seed=0):
     """Patches of four looks: of one `kind` or another, light or dark, light ten times as large a
@@ -417,7 +407,6 @@ def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
 def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     torch.manual_seed(0)
     model, seen = JEPAWorldModel().eval(), []
-    monkeypatch.setattr(world_model_jepa, "add_noise", lambda moving: moving)
     monkeypatch.setattr(world_model_jepa, "weigh_by_error",
                         lambda error: seen.append(error) or weigh_by_error(error))
     windows = batch()
@@ -474,7 +463,6 @@ def test_two_processes_share_an_odd_number_of_frames(tmp_path):
     torch.nn.init.normal_(model.dynamics.change[-1].weight)         # so that much is written
 
     def learn():
-        torch.manual_seed(1)                                        # of the noise
         model.zero_grad()
         terms, errors = compute_losses(model, odd)
         sum(terms.values()).backward()

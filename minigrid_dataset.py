@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from zlib_ng import zlib_ng
 
@@ -302,15 +301,12 @@ def window_starts(transitions, length, episodes=None):
 
 class WindowBatches:
     """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
-    ones of this batch, index (B, T+1, h, w) int64 into them, steps (B, T) int64, the numbers of
-    the transitions, and actions (B, T) int64. Also layouts (further * B, h, w) int64, into the
-    patches too: frames drawn from all that windows start with.
+    ones of this batch, index (B, T+1, h, w) int64 into them, and actions (B, T) int64. Also layouts
+    (further * B, h, w) int64, into the patches too: frames drawn from all that windows start with.
 
-    An epoch has as many windows as `windows_per_episode` says, and what it draws depends on `seed`,
-    the epoch and `errors`. Half of a batch is of episodes in random order, one window of each. The
-    other half is drawn from all windows, in proportion to the largest of their transitions' last
-    errors (Schaul et al. 2016): a gap in a wall is entered once in 300 steps. DataError where no
-    episode has a window."""
+    An epoch has as many windows as `windows_per_episode` says: of the episodes in random order, one
+    window of each, again and again. What it draws depends on `seed` and the epoch. DataError where
+    no episode has a window."""
 
     def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1,
                  further=2):
@@ -323,7 +319,6 @@ class WindowBatches:
                             f"MAX_STEPS_PER_EPISODE and {COLLECT}")
         # Starts are sorted and episodes never decrease, so each episode's starts are one run.
         _, self.first, _, self.count = np.unique_all(transitions.episode[self.starts])
-        self.errors = torch.ones(len(transitions))      # of each, when it was last learnt
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -331,26 +326,18 @@ class WindowBatches:
     def __len__(self):
         return max(1, len(self.first) * self.passes // self.batch_size)
 
-    def note_errors(self, batch, errors):
-        """The prediction errors (B, T) of a batch's transitions: what the next ones draw by."""
-        self.errors[batch["steps"].cpu()] = errors.float().cpu()
-
     def __iter__(self):
         data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])
         order = np.concatenate([rng.permutation(len(self.first)) for _ in range(self.passes)])
         visits = self.first[order] + rng.integers(self.count[order])    # numbers of starts
         for b in range(len(self)):
-            visited = visits[b * self.batch_size :][: self.batch_size]
-            largest = F.max_pool1d(self.errors[None], self.window, stride=1)[0].numpy()
-            odds = largest[self.starts].cumsum(dtype=np.float64)
-            drawn = np.searchsorted(odds, rng.random(len(visited) // 2) * odds[-1])
-            t = self.starts[np.concatenate([visited[len(drawn) :], drawn]), None]
+            t = self.starts[visits[b * self.batch_size :][: self.batch_size], None]
             t = torch.from_numpy(t + np.arange(self.window)).to(data.actions.device)
             frames = torch.cat([data.obs_index[t], data.next_obs_index[t[:, -1:]]], 1)
             others = torch.from_numpy(rng.choice(self.starts, self.further * len(t))).to(t.device)
             both = torch.cat([frames.flatten(), data.obs_index[others]])
             tiles, index = data.frame_tiles[both].unique(return_inverse=True)
-            yield {"patches": data.tiles[tiles.long()], "steps": t, "actions": data.actions[t],
+            yield {"patches": data.tiles[tiles.long()], "actions": data.actions[t],
                    "index": index[:frames.numel()].unflatten(0, frames.shape),
                    "layouts": index[frames.numel():]}
 

@@ -172,7 +172,6 @@ def train(path, device):
         model.load_state_dict(old["model"])
         optimizer.load_state_dict(old["optimizer"])
         schedule.load_state_dict(old["schedule"])
-        batches.errors.copy_(old["errors"])
         torch.set_rng_state(old["rng_state"])
         if device.type == "cuda" and old["cuda_rng_state"] is not None:
             torch.cuda.set_rng_state(old["cuda_rng_state"])
@@ -192,7 +191,6 @@ def train(path, device):
             optimizer.step()
             schedule.step()
             model.update_target_encoder(EMA_MOMENTUM)
-            batches.note_errors(batch, errors)
             total += errors.mean() / LATENT_DIM
             step += 1
             if number % LOG_EVERY == 0 or number == len(batches):
@@ -215,8 +213,8 @@ def train(path, device):
         if rank() == 0:
             save_checkpoint(
                 path, model, model.state_dict(), optimizer=optimizer.state_dict(),
-                schedule=schedule.state_dict(), errors=batches.errors,
-                rng_state=torch.get_rng_state(), epoch=epoch, step=step, history=history,
+                schedule=schedule.state_dict(), rng_state=torch.get_rng_state(),
+                epoch=epoch, step=step, history=history,
                 cuda_rng_state=torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 settings=settings(), data={"path": data.path.name, "digest": data.digest,
                                            "metadata": data.metadata})

@@ -349,7 +349,7 @@ def train_as_set(data, recipe, body, weight):
     for epoch in range(1, train_jepa.EPOCHS + 1 if learnt else 1):
         batches.set_epoch(epoch)
         for batch in batches:
-            loss, errors = loss_of(model, batch)
+            loss = loss_of(model, batch)[0]
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"{recipe}, {body}: the loss is {loss}")
             optimizer.zero_grad(set_to_none=True)
@@ -357,7 +357,6 @@ def train_as_set(data, recipe, body, weight):
             optimizer.step()
             schedule.step()
             model.update_target_encoder(train_jepa.EMA_MOMENTUM)
-            batches.note_errors(batch, errors)
     seconds = time.perf_counter() - began
     model.eval()
     with torch.no_grad():

@@ -472,7 +472,7 @@ def bench_scale(folder):
             "for batch in batches:\n"
             "    terms, errors = losses(batch)\n"
             "    optimizer.zero_grad(); sum(terms.values()).backward(); optimizer.step()\n"
-            "    model.update_target_encoder(); batches.note_errors(batch, errors)\n"
+            "    model.update_target_encoder()\n"
             "print(len(data), loaded - began, time.time() - loaded,"
             " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
     print(f"\n{'transitions':>12} {'pixels':>10} {'collect s':>10} {'MB':>6} {'load s':>8} "

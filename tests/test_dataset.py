@@ -379,7 +379,7 @@ def known_windows(arrays, batches):
     """Checks each window of a pass against the arrays -> [start, ...]."""
     starts = []
     for batch in batches:
-        assert batch.keys() == {"patches", "index", "actions", "steps", "layouts"}
+        assert batch.keys() == {"patches", "index", "actions", "layouts"}
         B, T = batch["actions"].shape
         assert batch["index"].shape == (B, T + 1, 4, 5)
         assert batch["index"].dtype == batch["actions"].dtype == torch.int64
@@ -390,11 +390,10 @@ def known_windows(arrays, batches):
         further = md.join_tiles(batch["patches"], batch["layouts"]).permute(0, 2, 3, 1).numpy()
         known = {frame.tobytes() for frame in arrays["obs"]}
         assert len(further) == 2 * B and all(frame.tobytes() in known for frame in further)
-        for maps, actions, steps in zip(batch["index"], batch["actions"].tolist(),
-                                        batch["steps"].tolist(), strict=True):
+        for maps, steps in zip(batch["index"], batch["actions"].tolist(), strict=True):
             pixels = md.join_tiles(batch["patches"], maps).permute(0, 2, 3, 1).numpy()
-            t = actions[0]
-            assert actions == steps == list(range(t, t + T))
+            t = steps[0]                        # here, actions are the numbers of transitions
+            assert steps == list(range(t, t + T))
             assert len({*arrays["episode"][steps]}) == 1
             assert np.array_equal(pixels[:-1], arrays["obs"][steps])
             assert np.array_equal(pixels[-1], arrays["next_obs"][steps[-1]])
@@ -411,16 +410,13 @@ def test_window_batches_show_the_right_frames(windowed):
     assert {*many} == {*md.window_starts(data, 4).tolist()}
 
 
-def test_half_of_a_batch_is_drawn_by_the_last_errors(windowed):
-    _, data = windowed
-    batches = md.WindowBatches(data, range(8), 4, 4, seed=0, windows_per_episode=40)
-    shares = []
-    for noted in (False, True):
-        if noted:  # only transition 16 is not known yet
-            batches.note_errors({"steps": torch.arange(40)[None]},
-                                (torch.arange(40) == 16).float()[None])
-        shares.append(np.mean([(batch["steps"] == 16).any(1).float().mean() for batch in batches]))
-    assert shares[0] < 0.3 and shares[1] > 0.5
+def test_further_frames_are_of_the_same_episodes(windowed):
+    arrays, data = windowed
+    batches = md.WindowBatches(data, [1, 2], 4, 2, seed=0, windows_per_episode=40)
+    known = {frame.tobytes() for frame in arrays["obs"][np.isin(arrays["episode"], [1, 2])]}
+    for batch in batches:
+        further = md.join_tiles(batch["patches"], batch["layouts"]).permute(0, 2, 3, 1).numpy()
+        assert len(further) == 4 and all(frame.tobytes() in known for frame in further)
 
 
 def test_sampled_steps_are_all_that_ended_an_episode_and_others_with_their_weights(windowed):

@@ -581,8 +581,7 @@ def places(told, true, index):
 
 def pointing(dynamics, moving, mobility):
     """Teaches the dynamics where to look: what moves is where a frame's patches hold most of what
-    comes and goes. The encoder learns from it too, a little, or it may give two places one latent,
-    as a gap in a wall, seldom entered, and the place before it.
+    comes and goes. The encoder learns from it too, a little.
 
     moving (B, T+1, M), mobility (B, T+1, h, w) -> cross-entropies of row and column, averaged with
     weights by error.

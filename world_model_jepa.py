@@ -434,8 +434,8 @@ class JEPAWorldModel(nn.Module):
         return torch.stack(latents, 1)
 
     def weigh(self, z):
-        """(..., latent_dim) -> the same, unit norm, where each part counts for what the planner
-        gives it: the more, the better it is predicted."""
+        """(..., latent_dim) -> the same, unit norm, each part weighted by part_weights: what the
+        planner compares."""
         parts = zip(z.tensor_split([self.moving_dim], -1), self.part_weights.sqrt())
         return torch.cat([F.normalize(part, dim=-1) * weight for part, weight in parts], -1)
 
@@ -516,7 +516,7 @@ def compute_losses(model, batch):
 
     batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, T+1, h, w) that puts
     the windows' frames together from them; actions (B, T); layouts (N, h, w), further frames, of
-    which only the static part is encoded, as that takes next to no time. An error is the squared
+    which only the static part is encoded, as that takes no convolution. An error is the squared
     distance of two unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is
     logged (of reconstruction, that of pixels is logged).
     """

@@ -1,4 +1,4 @@
-"""Read transitions: check the .npz, keep its frames as tiles, serve batches and training windows.
+"""Read transitions: check the .npz, keep its frames as tiles, serve batches.
 
     python3 minigrid_dataset.py        # sanity check: what the data file holds, and one batch of it
 
@@ -80,6 +80,16 @@ class Transitions:
         the device of `tiles`. Raises IndexError for a number that is no frame."""
         index = torch.as_tensor(index, device=self.tiles.device).long()
         return join_tiles(self.tiles, self.frame_tiles[index])
+
+    def pairs(self, steps):
+        """Numbers of transitions (N,) -> (N, 2) int64: the frames before and after."""
+        return torch.stack([self.obs_index[steps], self.next_obs_index[steps]], 1)
+
+    def patches(self, frames):
+        """Frames by number (...) -> the distinct patches that they are made of (P, 3, p, p) uint8,
+        and index (..., h, w) int64 into those."""
+        tiles, index = self.frame_tiles[frames].unique(return_inverse=True)
+        return self.tiles[tiles.long()], index
 
     def to(self, device):
         """A copy whose tensors are on `device`: its batches are put together there."""
@@ -250,7 +260,7 @@ def _read_frames(obs, next_obs, H, W, p):
             "obs_index": index[0::2].copy(), "next_obs_index": index[1::2].copy()}
 
 
-# ----------------------------------------------------------------------------- batches and windows
+# --------------------------------------------------------------------------------------- batches
 class MiniGridTransitionDataset(Dataset):
     """One sample = one transition: a dict of obs and next_obs (3, H, W) float32 in [0, 1], action
     () int64, reward () float32 and done () float32; a list of numbers gives a stacked batch."""
@@ -291,80 +301,64 @@ def split_by_episode(transitions, validation_fraction, seed):
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 
-def window_starts(transitions, length, episodes=None):
-    """-> sorted (S,) int64: every t from which t .. t+length-1 are steps of one episode. `episodes`
-    limits the answer."""
-    episode = transitions.episode  # never decreases
-    starts = np.flatnonzero(episode[length - 1:] == episode[:max(0, len(episode) - length + 1)])
-    return starts if episodes is None else starts[np.isin(episode[starts], episodes)]
+class TransitionBatches:
+    """Batches of transitions: a dict of patches (P, 3, p, p) uint8, the distinct ones, and index
+    (B, 2, h, w) int64 into them: the frames before and after actions (B,) int64.
 
+    An epoch has all transitions of `episodes`, `passes` times, but for an incomplete last batch. In
+    which order depends on `seed` and the epoch."""
 
-class WindowBatches:
-    """Batches of windows of T = `window` steps: a dict of patches (M, 3, p, p) uint8, the distinct
-    ones of this batch, index (B, T+1, h, w) int64 into them, and actions (B, T) int64. Also layouts
-    (further * B, h, w) int64, into the patches too: frames drawn from all that windows start with.
-
-    An epoch has as many windows as `windows_per_episode` says: of the episodes in random order, one
-    window of each, again and again. What it draws depends on `seed` and the epoch. DataError where
-    no episode has a window."""
-
-    def __init__(self, transitions, episodes, window, batch_size, seed, windows_per_episode=1,
-                 further=2):
-        self.transitions, self.window, self.batch_size = transitions, window, batch_size
-        self.seed, self.passes, self.further, self.epoch = seed, windows_per_episode, further, 0
-        self.starts = window_starts(transitions, window, episodes)
-        if not len(self.starts):
-            raise DataError(f"{transitions.path} has no {window} steps of one episode in which "
-                            "next_obs[t] is obs[t + 1]: lower WINDOW in train_jepa.py, or raise "
-                            f"MAX_STEPS_PER_EPISODE and {COLLECT}")
-        # Starts are sorted and episodes never decrease, so each episode's starts are one run.
-        _, self.first, _, self.count = np.unique_all(transitions.episode[self.starts])
+    def __init__(self, transitions, episodes, batch_size, seed, passes=1):
+        self.transitions, self.batch_size, self.seed = transitions, batch_size, seed
+        self.steps, self.passes, self.epoch = steps_of(transitions, episodes), passes, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __len__(self):
-        return max(1, len(self.first) * self.passes // self.batch_size)
+        return max(1, len(self.steps) * self.passes // self.batch_size)
 
     def __iter__(self):
         data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])
-        order = np.concatenate([rng.permutation(len(self.first)) for _ in range(self.passes)])
-        visits = self.first[order] + rng.integers(self.count[order])    # numbers of starts
+        order = np.concatenate([rng.permutation(self.steps) for _ in range(self.passes)])
         for b in range(len(self)):
-            t = self.starts[visits[b * self.batch_size :][: self.batch_size], None]
-            t = torch.from_numpy(t + np.arange(self.window)).to(data.actions.device)
-            frames = torch.cat([data.obs_index[t], data.next_obs_index[t[:, -1:]]], 1)
-            others = torch.from_numpy(rng.choice(self.starts, self.further * len(t))).to(t.device)
-            both = torch.cat([frames.flatten(), data.obs_index[others]])
-            tiles, index = data.frame_tiles[both].unique(return_inverse=True)
-            yield {"patches": data.tiles[tiles.long()], "actions": data.actions[t],
-                   "index": index[:frames.numel()].unflatten(0, frames.shape),
-                   "layouts": index[frames.numel():]}
+            t = torch.from_numpy(order[b * self.batch_size :][: self.batch_size])
+            t = t.to(data.actions.device)
+            patches, index = data.patches(data.pairs(t))
+            yield {"patches": patches, "index": index, "actions": data.actions[t]}
+
+
+def steps_of(transitions, episodes):
+    """-> the numbers of all transitions of these episodes, int64, sorted."""
+    return np.flatnonzero(np.isin(transitions.episode, episodes))
 
 
 def sample_patches(transitions, episodes, seed):
-    """What an encoder starts from -> patches and index of a batch of 8192 windows of at most four
-    steps, or ten of each episode; fewer where that were more than memory should hold."""
-    window = min(4, np.bincount(transitions.episode)[episodes].max())
+    """What an encoder starts from -> patches (P, 3, p, p) uint8, the distinct ones, and index (N,
+    2, h, w) into them: at most 16384 pairs of frames, four actions apart (or as many as the longest
+    episode has); fewer where that were more than memory should hold."""
+    of = transitions.episode
+    gap = min(4, np.bincount(of)[episodes].max()) - 1
+    steps = steps_of(transitions, episodes)
+    steps = steps[of[steps] == np.append(of, [-1] * gap)[steps + gap]]
     most = 2**24 if len(transitions.tiles) < 2**18 else 2**18       # patches, or distinct ones
-    size = min(8192, max(1, most // (5 * transitions.frame_tiles[0].numel())))
-    batch = next(iter(WindowBatches(transitions, episodes, window, size, seed, 10, 0)))
-    return batch["patches"], batch["index"]
+    count = min(16384, max(1, most // (2 * transitions.frame_tiles[0].numel())))
+    t = torch.from_numpy(np.random.default_rng(seed).permutation(steps)[:count])
+    return transitions.patches(torch.stack(
+        [transitions.obs_index[t], transitions.next_obs_index[t + gap]], 1))
 
 
 def sample_steps(transitions, episodes, most=5000):
     """All steps that ended an episode (`terminated`) and about `most` others, evenly spread ->
     patches (P, 3, p, p) uint8, the distinct ones, index (N, 2, h, w) into them, over (N,) bool, and
     how many steps each stands for (N,)."""
-    steps = window_starts(transitions, 1, episodes)
+    steps = steps_of(transitions, episodes)
     over = np.isin(steps, np.flatnonzero(transitions.terminated))  # none, where that is None
     stride = (~over).sum() // most + 1
     ends, others = steps[over], steps[~over][::stride]
-    t = torch.from_numpy(np.append(ends, others))
-    frames = torch.stack([transitions.obs_index[t], transitions.next_obs_index[t]], 1)
-    tiles, index = transitions.frame_tiles[frames].unique(return_inverse=True)
-    over = torch.arange(len(t)) < len(ends)
-    return transitions.tiles[tiles.long()], index, over, torch.where(over, 1.0, float(stride))
+    over = torch.arange(len(ends) + len(others)) < len(ends)
+    patches, index = transitions.patches(transitions.pairs(np.append(ends, others)))
+    return patches, index, over, torch.where(over, 1.0, float(stride))
 
 
 def main():

@@ -27,13 +27,13 @@ from tqdm import tqdm
 import collect_minigrid_data as collect
 from minigrid_dataset import (
     DataError,
-    WindowBatches,
+    TransitionBatches,
     load_transitions,
     sample_patches,
     sample_steps,
     split_by_episode,
+    steps_of,
     to_float,
-    window_starts,
 )
 from world_model_jepa import (
     MODELS,
@@ -49,10 +49,9 @@ from world_model_jepa import (
 
 # ------------------------------------------------------------------------- Settings: edit and rerun
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, prediction alone
-EPOCHS = 3                 # of about as many transitions as the data have, or at least
+EPOCHS = 3                 # of all transitions, or of at least
 MIN_BATCHES = 350          # so many batches: few data are gone through more often
-BATCH_SIZE = 128           # windows a batch
-WINDOW = 2                 # transitions a window: WINDOW + 1 frames are encoded
+BATCH_SIZE = 256           # transitions
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
 EMA_MOMENTUM = 0.99        # of the target encoder, per step
 LATENT_DIM = 128
@@ -67,8 +66,7 @@ HERE = Path(__file__).resolve().parent
 LOG_EVERY = 100            # batches
 RULES = {  # what the settings may be: (kind, least, most)
     "EPOCHS": (int, 1, 10**6), "MIN_BATCHES": (int, 1, 10**6), "BATCH_SIZE": (int, 2, 10**6),
-    "WINDOW": (int, 2, 10**4), "LEARNING_RATE": (float, 1e-9, 1),
-    "EMA_MOMENTUM": (float, 0, 0.999999),
+    "LEARNING_RATE": (float, 1e-9, 1), "EMA_MOMENTUM": (float, 0, 0.999999),
     "LATENT_DIM": (int, 2, 10**5), "MOVING_DIM": (int, 1, 10**5),
     "VALIDATION_FRACTION": (float, 1e-9, 0.9), "SEED": (int, 0),
     "PLACES_WEIGHT": (float, 0, 1e9), "POINTING_WEIGHT": (float, 0, 1e9)}
@@ -137,10 +135,9 @@ def new_model(data, episodes):
 
 
 def new_batches(data, episodes):
-    """Windows, in an epoch about as many as hold all transitions once, or MIN_BATCHES of them."""
-    batches = WindowBatches(data, episodes, WINDOW, BATCH_SIZE, SEED)
-    windows = max(len(data) // WINDOW, MIN_BATCHES * BATCH_SIZE)
-    batches.passes = max(1, round(windows / len(batches.first)))
+    """Batches of the transitions of these episodes, at least about MIN_BATCHES of them an epoch."""
+    batches = TransitionBatches(data, episodes, BATCH_SIZE, SEED)
+    batches.passes = max(1, round(MIN_BATCHES * BATCH_SIZE / len(batches.steps)))
     return batches
 
 
@@ -256,8 +253,8 @@ def encode_frames(model, data, frames, target=False):
     encoder = model.target_encoder if target else model.encoder
     latents = []
     for some in frames.split(512):
-        tiles, index = data.frame_tiles[some].unique(return_inverse=True)
-        latents.append(encoder.from_patches(to_float(data.tiles[tiles.long()]), index))
+        patches, index = data.patches(some)
+        latents.append(encoder.from_patches(to_float(patches), index))
     return torch.cat(latents)
 
 
@@ -275,19 +272,18 @@ def validate(model, data, episodes):
     different frames of one episode hardly ever exceed (a pair in 10,000) to 1.
     """
     device = data.actions.device
-    starts = torch.from_numpy(window_starts(data, 1, episodes)[:5000])
-    episode = torch.from_numpy(data.episode[starts]).to(device)
-    starts = starts.to(device)
-    pair = torch.stack([data.obs_index[starts], data.next_obs_index[starts]])       # (2, N)
-    used, pair = pair.unique(return_inverse=True)
+    steps = torch.from_numpy(steps_of(data, episodes)[:5000])
+    episode = torch.from_numpy(data.episode[steps]).to(device)
+    steps = steps.to(device)
+    used, pair = data.pairs(steps).unique(return_inverse=True)                      # (N, 2)
     # The same picture can stand in the file more than once: make it one candidate.
     tiles, same = data.frame_tiles[used].flatten(1).unique(dim=0, return_inverse=True)
     first = torch.empty(len(tiles), dtype=torch.long, device=device).scatter_(
         0, same, torch.arange(len(used), device=device))
-    before, after = same[pair]
+    before, after = same[pair].unbind(1)
     online = encode_frames(model, data, used[first])
     target = encode_frames(model, data, used[first], target=True)
-    predicted = model.predict_next(online[before], data.actions[starts])
+    predicted = model.predict_next(online[before], data.actions[steps])
     moved = before != after
     parts = (z.tensor_split([model.moving_dim], -1) for z in (predicted, target[after]))
     error = torch.stack([1 - F.cosine_similarity(*both, dim=-1).mean() for both in zip(*parts)])

@@ -66,22 +66,21 @@ def slow_features(x, share, index, number, limit=0.3):
     """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches mostly
     stays the same within episodes? Walls, goals, keys and doors do; light and agents do not.
 
-    The change of a direction in feature space is how much it differs between the first and the last
-    frame of a window at one place, squared, on average and for unit variance: 0 for what always
-    stays, 2 for what comes and goes at random. Each direction is kept by 1 / (1 + (change /
-    limit)^8) of itself.
+    The change of a direction in feature space is how much it differs at one place between two
+    frames of an episode, squared, on average and for unit variance: 0 for what always stays, 2 for
+    what comes and goes at random. Each direction is kept by 1 / (1 + (change / limit)^8) of itself.
 
-    x (P, C) centred features of patches, share (P,) how often each occurs, index (B, T+1, h, w)
-    into them -> (C, number): x @ it are the first principal components of what is kept, whose
-    total variance is 1. And (C, C): x @ it is what is not kept, where the rare counts for more: its
-    directions are scaled towards equal variance.
+    x (P, C) centred features of patches, share (P,) how often each occurs, index (N, 2, h, w) into
+    them, pairs of frames -> (C, number): x @ it are the first principal components of what is kept,
+    whose total variance is 1. And (C, C): x @ it is what is not kept, where the rare counts for
+    more: its directions are scaled towards equal variance.
     """
     size, axes = torch.linalg.eigh(x.T * share @ x)
     size, axes = (part[..., size > 1e-6 * size[-1]] for part in (size, axes))
     white, unwhite = axes * size.rsqrt(), (axes * size.sqrt()).T        # (C, R), (R, C)
     change, y = 0, x @ white                                            # (P, R), unit variance
     for some in index.split(8):
-        difference = (y[some[:, 0]] - y[some[:, -1]]).flatten(0, -2)
+        difference = (y[some[:, 0]] - y[some[:, 1]]).flatten(0, -2)
         change = change + difference.T @ difference / index[:, 0].numel()
     change, directions = torch.linalg.eigh(change)
     keep = 1 / (1 + (change / limit) ** 8)
@@ -140,8 +139,8 @@ class ConvEncoder(nn.Module):
         closed door in the dark differs from floor by a tenth of the range, next to nothing to usual
         filters. The slow features are found, and their average at every place. On the CPU.
 
-        patches (P, C, p, p) uint8, the distinct ones, index (B, T+1, h, w) into them: see
-        WindowBatches. -> their slow features (P, features), and how often each occurs (P,)."""
+        patches (P, C, p, p) uint8, the distinct ones, index (N, 2, h, w) into them: see
+        sample_patches. -> their slow features (P, features), and how often each occurs (P,)."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
@@ -198,7 +197,7 @@ class ConvEncoder(nn.Module):
         """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm."""
         shown = shown - self.usual.flatten()
         pooled = shown.unflatten(-1, self.usual.shape).sum(-2) / math.sqrt(len(self.usual))
-        return torch.cat([self.static(shown), pooled], -1)
+        return torch.cat([F.normalize(self.static(shown), dim=-1), pooled], -1)
 
 
 # --------------------------------------------------- 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
@@ -501,59 +500,51 @@ class Losses(nn.Module):
 
 
 def encode_shared(encoder, patches, index, looks):
-    """from_patches, each process encoding its rows of the batch. Gradients flow through, so that
+    """from_patches, each process encoding its share of the batch. Gradients flow through, so that
     every process has the losses and gradients of the whole batch."""
     if not dist.is_initialized():
         return encoder.from_patches(patches, index, looks)
-    world = dist.get_world_size()
-    rows = torch.arange(-(-len(index) // world) * world, device=index.device) % len(index)
-    own = index[rows].chunk(world)[dist.get_rank()]  # equal shares: the first frames twice
-    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, looks)))[:len(index)]
+    own = index.chunk(dist.get_world_size())[dist.get_rank()]
+    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, looks)))
 
 
 def compute_losses(model, batch):
-    """A batch of windows -> {term: scalar}, and the prediction errors (B, T) without gradient.
+    """A batch of transitions -> {term: scalar}, and the prediction errors (B,) without gradient.
 
-    batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, T+1, h, w) that puts
-    the windows' frames together from them; actions (B, T); layouts (N, h, w), further frames, of
-    which only the static part is encoded, as that takes no convolution. An error is the squared
-    distance of two unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is
-    logged (of reconstruction, that of pixels is logged).
+    batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, 2, h, w) that puts the
+    frames before and after together from them; actions (B,). An error is the squared distance of
+    two unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is logged (of
+    reconstruction, that of pixels is logged).
     """
-    patches, index, actions = batch["patches"] / 255, batch["index"], batch["actions"]
-    B, T = actions.shape
+    dynamics, patches, index = model.dynamics, batch["patches"] / 255, batch["index"]
     slow, mobility = looks = model.encoder.look_slowly(patches)     # (P, features), (P,)
-    z = encode_shared(model.encoder, patches, index.flatten(0, 1), looks).unflatten(0, (B, T + 1))
-    moving, static = model.dynamics.parts(z)                # (B, T+1, M), (B, T+1, S)
-    further = model.encoder.lay_out(F.embedding(batch["layouts"].flatten(1), slow).flatten(1))
-    layouts = torch.cat([static[:, 0], F.normalize(further, dim=-1) * math.sqrt(static.shape[-1])])
-    dynamics, now = model.dynamics, moving[:, :-1]
-    true = dynamics.assign(slow.T)                          # (kinds, P)
-    maps = F.embedding(index, dynamics.draw_map(true))                  # (B, T+1, h, w, features)
-    place = dynamics.point(now)
-    seen, then = (dynamics.glimpse(place, some) for some in (maps[:, :-1], maps[:, 1:]))
-    after, around = dynamics.step(now, seen, maps[:, :-1], actions)
+    z = encode_shared(model.encoder, patches, index[:, 0], looks)
+    moving, static = dynamics.parts(z)                                  # (B, M), (B, S)
+    true = dynamics.assign(slow.T)                                      # (kinds, P)
+    maps = F.embedding(index, dynamics.draw_map(true))                  # (B, 2, h, w, features)
+    place = dynamics.point(moving)
+    seen, then = (dynamics.glimpse(place, some) for some in maps.unbind(1))
+    after, around = dynamics.step(moving, seen, maps[:, 0], batch["actions"])
     predicted = join(after, dynamics.write(
-        static[:, :-1], maps[:, :-1], place, seen, around, model.encoder.lay_out))
+        static, maps[:, 0], place, seen, around, model.encoder.lay_out))
     if model.objective == "reconstruction":
-        layouts = layouts.detach()                          # pixels alone shape it
-        frames = patches[index].permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
-        decoded, error = ((model.decode(x.flatten(0, 1)) - y.flatten(0, 1)).square().mean(
-            (1, 2, 3)) for x, y in ((z, frames), (predicted, frames[:, 1:])))
+        static = static.detach()                            # pixels alone shape it
+        frames = patches[index].permute(1, 0, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        decoded, error = ((model.decode(x) - y).square().mean((1, 2, 3))
+                          for x, y in zip((z, predicted), frames))
         prediction = weigh_by_error(decoded) + weigh_by_error(error)
-        error = error.view(B, T) * z.shape[-1]
+        error = error * z.shape[-1]
     else:
         with torch.no_grad():
-            target = encode_shared(
-                model.target_encoder, patches, index[:, 1:].flatten(0, 1), looks)
-        error = (predicted - target.unflatten(0, (B, T))).square().sum(-1)              # (B, T)
+            target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
+        error = (predicted - target).square().sum(-1)                   # (B,)
         if model.objective == "byol":
             return {"prediction": error.mean()}, error.detach()
         prediction = weigh_by_error(error)
     changes = weigh_by_error((around - then).square().sum((-1, -2)))
-    told = places(dynamics.tell(layouts), true, torch.cat([index[:, 0], batch["layouts"]]))
+    told = places(dynamics.tell(static), true, index[:, 0])
     return {"prediction": prediction, "places": told + changes,
-            "pointing": pointing(dynamics, moving, mobility[index])}, error.detach()
+            "pointing": pointing(dynamics, moving, mobility[index[:, 0]])}, error.detach()
 
 
 def weigh_by_error(error):
@@ -583,13 +574,13 @@ def pointing(dynamics, moving, mobility):
     """Teaches the dynamics where to look: what moves is where a frame's patches hold most of what
     comes and goes. The encoder learns from it too, a little.
 
-    moving (B, T+1, M), mobility (B, T+1, h, w) -> cross-entropies of row and column, averaged with
-    weights by error.
+    moving (B, M), mobility (B, h, w) -> cross-entropies of row and column, averaged with weights by
+    error.
     """
-    place = mobility.flatten(-2).argmax(-1)                             # (B, T+1)
+    place = mobility.flatten(-2).argmax(-1)                             # (B,)
     width = mobility.shape[-1]
     told = dynamics.to_place(moving).split(dynamics.grid, -1)
-    return sum(weigh_by_error(F.cross_entropy(x.flatten(0, 1), true.flatten(), reduction="none"))
+    return sum(weigh_by_error(F.cross_entropy(x, true, reduction="none"))
                for x, true in zip(told, (place // width, place % width)))
 
 

@@ -11,10 +11,10 @@ tuning seed, in shorter runs, judged by hit@1 on held-out episodes of the
 data file; this project's default stays as train_jepa.py has it. Then 3 fresh seeds are scored with
 the functions of inspect_jepa_model.py and plan_with_jepa.py.
 
-All train as train_jepa.py does, with its draws of windows, numbers of steps and schedule. The
-objectives of world_model_jepa.py are the default, reconstruction, and BYOL over `own`. Over `own`,
-a peer's dynamics look at a map, and by pointers, that its loss leaves as they began, and write
-nothing.
+All train as train_jepa.py does, with its schedule, number of steps and of transitions a step. Peers
+see these in windows of WINDOW. The objectives of world_model_jepa.py are the default,
+reconstruction, and BYOL over `own`. Over `own`, a peer's dynamics look at a map, and by pointers,
+that its loss leaves as they began, and write nothing.
 
 Writes data/benchmark_quality.json, a row for each run. What is there is not done again as long as
 the data, the settings and, for `own`, world_model_jepa.py are the same; delete it after an edit of
@@ -47,7 +47,12 @@ import collect_minigrid_data as collect  # noqa: E402
 import inspect_jepa_model as inspect  # noqa: E402
 import plan_with_jepa as plan  # noqa: E402
 import train_jepa  # noqa: E402
-from minigrid_dataset import join_tiles, load_transitions, to_float  # noqa: E402
+from minigrid_dataset import (  # noqa: E402
+    TransitionBatches,
+    join_tiles,
+    load_transitions,
+    to_float,
+)
 from world_model_jepa import (  # noqa: E402
     MODELS,
     JEPAWorldModel,
@@ -62,6 +67,7 @@ EPOCHS = train_jepa.EPOCHS
 TUNING_EPOCHS = 2
 RATES = {"plain": (1e-3, 3e-3), "own": (2e-3, 5e-3)}        # searched with 3 weights
 LONE_RATES = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)           # searched where there is no weight
+WINDOW = 4                # transitions that a peer's loss sees in a row
 STEPS = (1, 10, 20)       # ahead, in the table; settings are chosen by the mean over these and 5,
                           # as far as the data's episodes go
 PLAN_TASKS = 50           # a seed; a model that knows little makes the search slow
@@ -231,7 +237,7 @@ def byol(model, x, actions, weight):
 
 def lewm(model, x, actions, weight):
     """LeWorldModel (arXiv 2603.19312): prediction + weight * SIGReg, about 0.1 there for batches of
-    128; the statistic grows with the batch, 64 here."""
+    128; the statistic grows with the batch, 64 windows here."""
     return weight * sigreg(x)
 
 
@@ -302,15 +308,29 @@ def grid(recipe, body):
     return list(itertools.product(weights, RATES[body] if len(weights) > 1 else LONE_RATES))
 
 
+class Windows(TransitionBatches):
+    """As many batches of as many transitions, in windows of WINDOW steps of one episode: index (B,
+    T+1, h, w) and actions (B, T)."""
+
+    def __iter__(self):
+        data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])
+        of = data.episode[self.steps]
+        starts = self.steps[:1 - WINDOW][of[:1 - WINDOW] == of[WINDOW - 1:]]
+        rows = rng.choice(starts, (len(self), self.batch_size // WINDOW))
+        for t in torch.from_numpy(rows[..., None] + np.arange(WINDOW)).to(data.actions.device):
+            frames = torch.cat([data.obs_index[t], data.next_obs_index[t[:, -1:]]], 1)
+            patches, index = data.patches(frames)
+            yield {"patches": patches, "index": index, "actions": data.actions[t]}
+
+
 def our_loss(model, batch):
-    """-> the loss of a batch as train_jepa.py has it, and the errors (B, T) to draw by."""
-    terms, errors = compute_losses(model, batch)
+    """-> the loss of a batch as train_jepa.py has it."""
     return sum(getattr(train_jepa, f"{name.upper()}_WEIGHT", 1) * term
-               for name, term in terms.items()), errors
+               for name, term in compute_losses(model, batch)[0].items())
 
 
 def peer_loss(added, weight, model, batch):
-    """The same for a peer, which learns its error + added(model, x, actions, weight)."""
+    """-> the same for a peer, which learns its error + added(model, x, actions, weight)."""
     def see(encoder):
         latents = encoder.from_patches(to_float(batch["patches"]), batch["index"].flatten(0, 1))
         return model.coordinates(latents.unflatten(0, batch["index"].shape[:2]))
@@ -320,8 +340,7 @@ def peer_loss(added, weight, model, batch):
         with torch.no_grad():
             target = see(model.target_encoder)
     error = ERRORS.get(added, one_step)(model, x, x if target is None else target, actions)
-    loss, error = error.mean() + added(model, x, actions, weight), error.detach()
-    return loss, error / error.mean()   # of 1 on average, as those not yet seen are taken to be
+    return error.mean() + added(model, x, actions, weight)
 
 
 def train(data, recipe, body, weight, rate, epochs, seed):
@@ -341,6 +360,8 @@ def train_as_set(data, recipe, body, weight):
     torch.manual_seed(train_jepa.SEED)
     model, data = train_jepa.new_model(data, episodes).to(DEVICE), data.to(DEVICE)
     batches = train_jepa.new_batches(data, episodes)
+    if learnt is not OURS:
+        batches = Windows(data, episodes, batches.batch_size, train_jepa.SEED, batches.passes)
     if learnt is byol:
         model.target_encoder = copy.deepcopy(model.encoder).requires_grad_(False)
     optimizer, schedule = train_jepa.new_optimizer(model, batches)
@@ -349,7 +370,7 @@ def train_as_set(data, recipe, body, weight):
     for epoch in range(1, train_jepa.EPOCHS + 1 if learnt else 1):
         batches.set_epoch(epoch)
         for batch in batches:
-            loss = loss_of(model, batch)[0]
+            loss = loss_of(model, batch)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"{recipe}, {body}: the loss is {loss}")
             optimizer.zero_grad(set_to_none=True)
@@ -545,8 +566,9 @@ def stamp(data, body):
     """Eight letters that change with what a row of `body` depends on, but for this file."""
     its = train_jepa.settings()
     names = its if body == "own" else (
-        "BATCH_SIZE", "MIN_BATCHES", "WINDOW", "LATENT_DIM", "VALIDATION_FRACTION", "EMA_MOMENTUM")
-    facts = [data.digest, PLAN_TASKS, PLAN_STATES, [getattr(inspect, n) for n in inspect.RULES],
+        "BATCH_SIZE", "MIN_BATCHES", "LATENT_DIM", "VALIDATION_FRACTION", "EMA_MOMENTUM")
+    facts = [data.digest, WINDOW, PLAN_TASKS, PLAN_STATES,
+             [getattr(inspect, n) for n in inspect.RULES],
              {n: its[n] for n in names
               if n not in ("OBJECTIVE", "SEED", "EPOCHS")}]
     source = (REPO / "world_model_jepa.py").read_text() if body == "own" else ""

@@ -289,10 +289,9 @@ def bench_feeding(folder):
     """256 transitions at a time: as dicts of pixels, and as the maps that train_jepa.py takes."""
     arrays = dict(np.load(folder / "plain.npz"))
     data = minigrid_dataset.load_transitions(folder / "plain.npz")
-    windows = minigrid_dataset.WindowBatches(data, np.unique(data.episode),
-                                            train_jepa.WINDOW, train_jepa.BATCH_SIZE, 0, 10)
+    batches = minigrid_dataset.TransitionBatches(data, np.unique(data.episode), 256, 0, 10)
     ours = minigrid_dataset.make_dataloader(folder / "plain.npz", 256)
-    loaders = [DataLoader(PlainDataset(arrays), 256, shuffle=True), ours, windows]
+    loaders = [DataLoader(PlainDataset(arrays), 256, shuffle=True), ours, batches]
     plain, pixels, maps = zip(*[[
         seconds(lambda: [None for _, _ in zip(range(10), loader)]) / 10 * 1e3
         for loader in loaders] for _ in range(ROUNDS)])
@@ -400,7 +399,7 @@ def bench_step(folder):
     multiplications of both at the rate of a large matrix product."""
     data = minigrid_dataset.load_transitions(
         folder / "data" / collect_minigrid_data.data_path().name)
-    each = train_jepa.BATCH_SIZE * train_jepa.WINDOW / 1e6
+    each = train_jepa.BATCH_SIZE / 1e6
 
     def stepper(on_pixels):
         torch.manual_seed(0)
@@ -408,9 +407,8 @@ def bench_step(folder):
         losses = world_model_jepa.Losses(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3,
                                       fused=True)
-        batches = minigrid_dataset.WindowBatches(
-            data, np.unique(data.episode), train_jepa.WINDOW, train_jepa.BATCH_SIZE, 0, 10)
-        batches = iter(batches)
+        batches = iter(minigrid_dataset.TransitionBatches(
+            data, np.unique(data.episode), train_jepa.BATCH_SIZE, 0, 10))
 
         def step():
             batch = next(batches)

@@ -1,4 +1,4 @@
-"""minigrid_dataset.py: known answers, losslessness, windows and splits, damaged files."""
+"""minigrid_dataset.py: known answers, losslessness, batches and splits, damaged files."""
 
 import io
 import json
@@ -156,7 +156,6 @@ def test_equality_is_compared_never_assumed(tmp_path):
     arrays["obs"][3, -1, -1, -1] ^= 1  # no longer next_obs[2], within one episode
     data = md.load_transitions(save(tmp_path / "a.npz", arrays))
     assert same_frames(data, arrays)
-    assert md.window_starts(data, 2).tolist() == [0, 1, 3, 4]
     assert data.episode.tolist() == [0, 0, 0, 1, 1, 1]
 
 
@@ -329,20 +328,7 @@ def test_shuffle_follows_the_generator(file):
     assert order(1) == order(1) != order(2)
 
 
-# ----------------------------------------------------------------------------- splits and windows
-
-
-def test_windows_never_cross_an_episode(file, arrays):
-    data = md.load_transitions(file)  # episodes of 5, 3 and 7
-    assert md.window_starts(data, 4).tolist() == [0, 1, 8, 9, 10, 11]
-    assert md.window_starts(data, 4, episodes=[0, 1]).tolist() == [0, 1]
-    assert md.window_starts(data, 1).tolist() == list(range(15))
-    assert md.window_starts(data, 8).tolist() == md.window_starts(data, 99).tolist() == []
-    for length in range(2, 8):
-        expected = [
-            t for t in range(15 - length + 1) if len(set(arrays["episode"][t : t + length])) == 1
-        ]
-        assert md.window_starts(data, length).tolist() == expected
+# ----------------------------------------------------------------------------- splits and batches
 
 
 def test_split_is_disjoint_and_whole(tmp_path):
@@ -367,60 +353,54 @@ LENGTHS = [3, 6, 4, 9, 5, 2, 7, 4]
 
 
 @pytest.fixture
-def windowed(tmp_path):
+def numbered(tmp_path):
     """Episodes 1, 2 and 5 (6, 4 and 2 steps) end with `terminated`; no action is taken twice."""
     arrays = make_arrays(lengths=LENGTHS, p_still=0.2)
     arrays["actions"] = np.arange(40)
     arrays["terminated"] = arrays["dones"] & np.isin(arrays["episode"], [1, 2, 5])
-    return arrays, md.load_transitions(save(tmp_path / "w.npz", arrays))
+    return arrays, md.load_transitions(save(tmp_path / "n.npz", arrays))
 
 
-def known_windows(arrays, batches):
-    """Checks each window of a pass against the arrays -> [start, ...]."""
-    starts = []
+def known_steps(arrays, batches):
+    """Checks each transition of a pass against the arrays -> their numbers."""
+    steps = []
     for batch in batches:
-        assert batch.keys() == {"patches", "index", "actions", "layouts"}
-        B, T = batch["actions"].shape
-        assert batch["index"].shape == (B, T + 1, 4, 5)
-        assert batch["index"].dtype == batch["actions"].dtype == torch.int64
+        assert batch.keys() == {"patches", "index", "actions"}
+        t = batch["actions"]                    # here, actions are the numbers of transitions
+        assert batch["index"].shape == (len(t), 2, 4, 5)
+        assert batch["index"].dtype == t.dtype == torch.int64
         # Distinct patches, all of this batch and no others.
         assert len(batch["patches"].unique(dim=0)) == len(batch["patches"])
-        used = torch.cat([batch["index"].flatten(), batch["layouts"].flatten()]).unique()
-        assert torch.equal(used, torch.arange(len(batch["patches"])))
-        further = md.join_tiles(batch["patches"], batch["layouts"]).permute(0, 2, 3, 1).numpy()
-        known = {frame.tobytes() for frame in arrays["obs"]}
-        assert len(further) == 2 * B and all(frame.tobytes() in known for frame in further)
-        for maps, steps in zip(batch["index"], batch["actions"].tolist(), strict=True):
-            pixels = md.join_tiles(batch["patches"], maps).permute(0, 2, 3, 1).numpy()
-            t = steps[0]                        # here, actions are the numbers of transitions
-            assert steps == list(range(t, t + T))
-            assert len({*arrays["episode"][steps]}) == 1
-            assert np.array_equal(pixels[:-1], arrays["obs"][steps])
-            assert np.array_equal(pixels[-1], arrays["next_obs"][steps[-1]])
-            starts.append(t)
-    return starts
+        assert torch.equal(batch["index"].unique(), torch.arange(len(batch["patches"])))
+        before, after = md.join_tiles(batch["patches"], batch["index"]).unbind(1)
+        for pixels, key in (before, "obs"), (after, "next_obs"):
+            np.testing.assert_array_equal(pixels.permute(0, 2, 3, 1), arrays[key][t])
+        steps += t.tolist()
+    return steps
 
 
-def test_window_batches_show_the_right_frames(windowed):
-    arrays, data = windowed
-    batches = md.WindowBatches(data, range(8), window=4, batch_size=1, seed=0)
-    assert len(batches) == len(list(batches)) == 6  # of eight, two are too short
-    assert sorted(arrays["episode"][known_windows(arrays, batches)]) == [1, 2, 3, 4, 6, 7]
-    many = known_windows(arrays, md.WindowBatches(data, range(8), 4, 4, 0, windows_per_episode=50))
-    assert {*many} == {*md.window_starts(data, 4).tolist()}
+def test_an_epoch_shows_every_transition_of_its_episodes(numbered):
+    arrays, data = numbered
+    assert sorted(known_steps(arrays, md.TransitionBatches(data, range(8), 4, 0))) == [*range(40)]
+    few = known_steps(arrays, md.TransitionBatches(data, [1, 5], 2, 0, passes=3))
+    assert sorted(few) == sorted(3 * np.flatnonzero(np.isin(arrays["episode"], [1, 5])).tolist())
 
 
-def test_further_frames_are_of_the_same_episodes(windowed):
-    arrays, data = windowed
-    batches = md.WindowBatches(data, [1, 2], 4, 2, seed=0, windows_per_episode=40)
-    known = {frame.tobytes() for frame in arrays["obs"][np.isin(arrays["episode"], [1, 2])]}
-    for batch in batches:
-        further = md.join_tiles(batch["patches"], batch["layouts"]).permute(0, 2, 3, 1).numpy()
-        assert len(further) == 4 and all(frame.tobytes() in known for frame in further)
+@pytest.mark.parametrize("episodes, gap", [(range(8), 4), ([2, 5], 4), ([5], 2)])
+def test_sampled_patches_are_of_two_frames_of_one_episode(numbered, episodes, gap):
+    arrays, data = numbered
+    patches, index = md.sample_patches(data, np.array(episodes), seed=0)
+    before, after = md.join_tiles(patches, index).permute(1, 0, 3, 4, 2).numpy()
+    of = arrays["episode"]
+    first = [t for t in range(40 - gap + 1) if of[t] == of[t + gap - 1] and of[t] in episodes]
+    expected = {(arrays["obs"][t].tobytes(), arrays["next_obs"][t + gap - 1].tobytes())
+                for t in first}
+    assert len(before) == len(first)
+    assert {(x.tobytes(), y.tobytes()) for x, y in zip(before, after)} == expected
 
 
-def test_sampled_steps_are_all_that_ended_an_episode_and_others_with_their_weights(windowed):
-    arrays, data = windowed
+def test_sampled_steps_are_all_that_ended_an_episode_and_others_with_their_weights(numbered):
+    arrays, data = numbered
     episodes = [0, 1, 3, 5, 7]
     of = np.flatnonzero(np.isin(arrays["episode"], episodes))
     patches, index, over, weight = md.sample_steps(data, episodes, most=5)
@@ -440,41 +420,22 @@ def test_a_file_without_terminated_has_no_ends(tmp_path):
     assert not md.sample_steps(data, range(8))[2].any()
 
 
-def test_window_order_is_a_function_of_seed_and_epoch(windowed):
-    arrays, data = windowed
-
+def test_the_order_is_a_function_of_seed_and_epoch(numbered):
     def epoch(seed, number, **options):
-        batches = md.WindowBatches(data, range(8), 3, 1, seed, **options)
+        batches = md.TransitionBatches(numbered[1], range(8), 1, seed, **options)
         batches.set_epoch(number)
-        return [batch["actions"][0].tolist() for batch in batches]
+        return [batch["actions"].item() for batch in batches]
 
     assert epoch(0, 0) == epoch(0, 0) != epoch(0, 1) != epoch(1, 1)
-    twice = epoch(0, 0, windows_per_episode=2)
-    orders = [[arrays["episode"][window[0]] for window in half] for half in (twice[:7], twice[7:])]
-    long = [0, 1, 2, 3, 4, 6, 7]
-    assert orders[0] != orders[1] and orders[0] != long
-    assert sorted(orders[0]) == sorted(orders[1]) == long  # every episode of 3 steps, once
+    twice = epoch(0, 0, passes=2)
+    assert twice[:40] != twice[40:] and sorted(twice[:40]) == sorted(twice[40:]) == [*range(40)]
 
 
 @pytest.mark.parametrize("batch_size, episodes, sizes", [
-    (4, range(8), [4]), (3, range(8), [3, 3]), (50, range(8), [6]), (1, [3], [1])])
-def test_only_a_single_batch_may_be_incomplete(windowed, batch_size, episodes, sizes):
-    batches = md.WindowBatches(windowed[1], episodes, 4, batch_size, 0)
+    (20, range(8), [20, 20]), (18, range(8), [18, 18]), (50, range(8), [40]), (1, [5], [1, 1])])
+def test_only_a_single_batch_may_be_incomplete(numbered, batch_size, episodes, sizes):
+    batches = md.TransitionBatches(numbered[1], episodes, batch_size, 0)
     assert len(batches) == len(sizes) and [len(batch["actions"]) for batch in batches] == sizes
-
-
-def test_no_window_is_an_error(windowed):
-    _, data = windowed
-    with pytest.raises(md.DataError, match="lower WINDOW in train_jepa.py") as error:
-        md.WindowBatches(data, [0, 3, 4], 10, 2, 0)
-    assert str(data.path) in str(error.value) and "MAX_STEPS_PER_EPISODE" in str(error.value)
-
-
-def test_a_window_is_no_longer_than_the_longest_episode(windowed):
-    _, data = windowed
-    md.WindowBatches(data, range(8), max(LENGTHS), 2, 0)
-    with pytest.raises(md.DataError, match=f"has no {max(LENGTHS) + 1} steps of one episode"):
-        md.WindowBatches(data, range(8), max(LENGTHS) + 1, 2, 0)
 
 
 # ---------------------------------------------------------------------------------- damaged files

@@ -48,11 +48,11 @@ def images(count, seed=0):
     return patches, index, join_tiles(patches, index)
 
 
-def batch(B=4, T=3, seed=0):
+def batch(B=12, seed=0):
     """What compute_losses takes."""
-    patches, index, _ = images(B * (T + 1) + 2 * B, seed)
-    return {"patches": (255 * patches).byte(), "actions": torch.randint(7, (B, T)),
-            "index": index[2 * B:].unflatten(0, (B, T + 1)), "layouts": index[:2 * B]}
+    patches, index, _ = images(2 * B, seed)
+    return {"patches": (255 * patches).byte(), "actions": torch.randint(7, (B,)),
+            "index": index.unflatten(0, (B, 2))}
 
 
 @pytest.fixture(params=list(MODELS))
@@ -284,14 +284,14 @@ def test_nothing_is_written_where_what_moves_will_stand():
 # --------------------------------------------------------------------------- how an encoder begins
 def looks(seed=0):
     """Patches of four looks: of one `kind` or another, light or dark, light ten times as large a
-    difference. -> the two directions, patches, index (B, T+1, h, w) of places that keep their kind
+    difference. -> the two directions, patches, index (N, 2, h, w) of places that keep their kind
     while light comes and goes."""
     rng = torch.Generator().manual_seed(seed)
     kind, light = torch.linalg.qr(torch.randn(192, 2, generator=rng))[0].T      # of unit norm
     four = torch.tensor([(-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)])
     patches = 127.5 + four @ torch.stack([80 * kind, 800 * light])
     index = (2 * torch.randint(2, (50, 1, 8, 8), generator=rng)
-             + torch.randint(2, (50, 3, 8, 8), generator=rng))
+             + torch.randint(2, (50, 2, 8, 8), generator=rng))
     return kind, light, patches.round().clamp(0, 255).byte().view(4, 3, 8, 8), index
 
 
@@ -313,7 +313,7 @@ def test_slow_features_tell_what_stays_and_nothing_of_what_comes_and_goes():
     far = torch.cdist(seen, seen)
     assert max(far[0, 1], far[2, 3]) < 0.05 and 1 < far[:2, 2:].min()   # 0, 1 | 2, 3: the kinds
     static = F.normalize(encoder.from_patches(patches / 255, index.flatten(0, 1))[:, 48:], dim=1)
-    cosine = (static @ static.T).view(50, 3, 50, 3)
+    cosine = (static @ static.T).view(50, 2, 50, 2)
     assert cosine.diagonal(dim1=0, dim2=2).min() > 0.98 > 0.9 > cosine[0, :, 1:].max()
 
 
@@ -388,12 +388,12 @@ def test_the_target_encoder_is_a_moving_average():
 @pytest.mark.parametrize("objective", ["jepa", "byol"])
 def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
     torch.manual_seed(0)
-    model, windows = MODELS[objective](), batch()
-    model.start_from(windows["patches"], windows["index"])
+    model, some = MODELS[objective](), batch()
+    model.start_from(some["patches"], some["index"])
     model.dynamics.kinds, model.dynamics.log_share = torch.randn(4, 8), torch.zeros(4)
-    terms, errors = compute_losses(model, windows)
+    terms, errors = compute_losses(model, some)
     sum(terms.values()).backward()
-    assert errors.shape == (4, 3) and not errors.requires_grad
+    assert errors.shape == (12,) and not errors.requires_grad
     assert all(p.grad is None for p in model.target_encoder.parameters())
     assert model.encoder.fixed.weight.grad is None
     without = ["change.0"]  # as the layer behind it begins at 0
@@ -409,20 +409,19 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     model, seen = JEPAWorldModel().eval(), []
     monkeypatch.setattr(world_model_jepa, "weigh_by_error",
                         lambda error: seen.append(error) or weigh_by_error(error))
-    windows = batch()
-    patches, index, actions = windows["patches"] / 255, windows["index"], windows["actions"]
-    terms, errors = compute_losses(model, windows)
-    assert seen[0].shape == (4, 3)                                  # the others are other terms'
+    some = batch()
+    patches, index = some["patches"] / 255, some["index"]
+    terms, errors = compute_losses(model, some)
+    assert seen[0].shape == (12,)                                   # the others are other terms'
     torch.testing.assert_close(errors, seen[0].detach())
     shown = model.dynamics.draw_map(model.dynamics.assign(model.encoder.look_slowly(patches)[0].T))
-    for t in range(3):
-        obs, after = (join_tiles(patches, index[:, k]) for k in (t, t + 1))
-        moving, static = model.dynamics.parts(model.encode(obs))
-        maps = shown[index[:, t]]                                       # (B, h, w, features)
-        seen = model.dynamics.glimpse(model.dynamics.point(moving), maps)
-        moved = model.dynamics.step(moving, seen, maps, actions[:, t])[0]
-        by_hand = (join(moved, static) - model.encode_target(after)).square().sum(1)
-        torch.testing.assert_close(errors[:, t], by_hand.detach(), rtol=1e-3, atol=1e-5)
+    obs, after = join_tiles(patches, index).unbind(1)
+    moving, static = model.dynamics.parts(model.encode(obs))
+    maps = shown[index[:, 0]]                                           # (B, h, w, features)
+    seen = model.dynamics.glimpse(model.dynamics.point(moving), maps)
+    moved = model.dynamics.step(moving, seen, maps, some["actions"])[0]
+    by_hand = (join(moved, static) - model.encode_target(after)).square().sum(1)
+    torch.testing.assert_close(errors, by_hand.detach(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(terms["prediction"], weigh_by_error(errors))
 
 
@@ -455,16 +454,15 @@ def test_a_kind_ends_episodes_where_they_mostly_end_once_what_moves_hides_it():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that processes cost no imports")
-def test_two_processes_share_an_odd_number_of_frames(tmp_path):
-    """Equal shares of 15 frames, as gloo's all_gather wants them: losses and gradients of one."""
+def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
     torch.manual_seed(0)
-    model, odd = JEPAWorldModel().eval(), batch(B=3, T=3)
+    model, some = JEPAWorldModel().eval(), batch()
     model.dynamics.kinds, model.dynamics.log_share = torch.randn(4, 8), torch.zeros(4)
     torch.nn.init.normal_(model.dynamics.change[-1].weight)         # so that much is written
 
     def learn():
         model.zero_grad()
-        terms, errors = compute_losses(model, odd)
+        terms, errors = compute_losses(model, some)
         sum(terms.values()).backward()
         return [errors, *terms.values()], [p.grad for p in model.encoder.parameters()
                                            if p.requires_grad]
@@ -498,10 +496,10 @@ def test_errors_weigh_by_their_size():
 
 def test_a_static_part_that_knows_the_layout_tells_the_places():
     torch.manual_seed(0)
-    model, windows = JEPAWorldModel(), batch(B=4, T=2)
-    patches, index = windows["patches"] / 255, windows["index"]
+    model, some = JEPAWorldModel(), batch()
+    patches, index = some["patches"] / 255, some["index"]
     index[:] = index[:, :1]  # nothing moves
-    model.start_from(windows["patches"], index)
+    model.start_from(some["patches"], index)
     with torch.no_grad():
         model.dynamics.kinds *= 20
         truth = model.dynamics.assign(20 * model.encoder.look_slowly(patches)[0].T)

@@ -71,9 +71,9 @@ def slow_features(x, share, index, number, limit=0.3):
     what comes and goes at random. Each direction is kept by 1 / (1 + (change / limit)^8) of itself.
 
     x (P, C) centred features of patches, share (P,) how often each occurs, index (N, 2, h, w) into
-    them, pairs of frames -> (C, number): x @ it are the first principal components of what is kept,
-    whose total variance is 1. And (C, C): x @ it is what is not kept, where the rare counts for
-    more: its directions are scaled towards equal variance.
+    them, pairs of frames -> slow (C, number): x @ slow are the first principal components of what
+    is kept, of total variance 1. And fast (C, C): x @ fast is what is taken out, its directions
+    scaled towards equal variance, so that the rare counts for more.
     """
     size, axes = torch.linalg.eigh(x.T * share @ x)
     size, axes = (part[..., size > 1e-6 * size[-1]] for part in (size, axes))
@@ -92,21 +92,16 @@ def slow_features(x, share, index, number, limit=0.3):
 
 
 class ConvEncoder(nn.Module):
-    """A small CNN: (B, in_channels, H, W) float in [0, 1] -> (B, latent_dim), unit norm.
-
-    Convolutions whose stride is their kernel look at each `patch_size` x `patch_size` patch by
-    itself. Two readouts then fill the two parts of the latent:
+    """A small CNN: (B, in_channels, H, W) float in [0, 1] -> (B, latent_dim), unit norm. Its
+    convolutions look at each `patch_size` x `patch_size` patch by itself. Two readouts follow:
 
     - the moving part (first `moving_dim` dims) reads each channel's maximum over every row and over
       every column, of what is mobile: one step of the agent is the same small change everywhere.
-    - the static part is a linear map of `features` numbers at every place, so that it can keep each
-      wall and gap of a layout, and their sums over all places: what is there, wherever it is. They
-      are the slow features of a convolution that stays as it began (as the patch projection of MoCo
-      v3: Chen et al. 2021): of what comes and goes, as the agent and its light, hardly anything
-      reaches it.
+    - the static part is a linear map of `features` slow features at every place, which can keep
+      each wall and gap, and their sums over all places: what is there, wherever it is. Their
+      convolution stays as it began (as the patch projection of MoCo v3: Chen et al. 2021).
 
-    Raises:
-        ValueError: the image size is no multiple of the patch size, or the static part too small.
+    Raises ValueError: the image size is no multiple of the patch size, the static part too small.
     """
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
@@ -204,21 +199,18 @@ class ConvEncoder(nn.Module):
 class LatentDynamics(nn.Module):
     """(..., latent_dim), (...) int64 -> (..., latent_dim), unit norm. Leading shapes broadcast.
 
+    The dynamics look first (as DRAW: Gregor et al. 2015), so that "the way ahead is free" is one
+    rule for all places: `to_place` points at the place of what moves, `to_map` unfolds the static
+    part into a map, and the MLP sees the 3 x 3 places around.
+
     The moving part becomes a new code: the MLP chooses, softly, one of `classes` in each of
     `groups`, and the latent is the sum of what a codebook holds for them (categorical latents:
-    Hafner et al. 2021). Small errors of the input hardly change what is chosen, so they die out
-    instead of adding up.
+    Hafner et al. 2021). Small errors of the input die out instead of adding up.
 
-    Whether the agent can step ahead depends on what stands there. A plain MLP would learn that for
-    each place by itself, from the few transitions that a wall's gap ever sees. So the dynamics look
-    first (as DRAW does: Gregor et al. 2015): `to_place` points at the place of what moves, `to_map`
-    unfolds the static part into a map, and its 3 x 3 places around that one are shown to the MLP.
-    "The way ahead is free" is then one rule for all places. Where what stands at the place itself
-    `ends` an episode, nothing changes.
-
-    The static part passes through as it is, unless `change` says that another kind of patch than
-    before stands at one of the nine places: a key that is picked up is gone. Then it is written
-    into the map, and the encoder's own linear map makes a static part of it (`lay_out`).
+    The static part stays, unless `change` says that another kind of patch than before stands at one
+    of the nine places: a key that is picked up is gone. Then that is written into the map, of which
+    the encoder makes a static part (`lay_out`). Where what stands at the place itself `ends` an
+    episode, nothing changes.
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
@@ -358,16 +350,12 @@ class LatentDynamics(nn.Module):
 
 # --------------- 3. The JEPA: both, and a slow copy of the encoder that gives the regression target
 class JEPAWorldModel(nn.Module):
-    """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020).
-
-    The prediction from (encode(obs), action) is regressed on encode_target(next_obs); in training,
-    the dynamics are shown the true map. The target encoder is an exponential moving average (EMA)
-    of the online one and gets no gradient.
+    """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020):
+    the prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
+    encoder is an exponential moving average (EMA) of the online one and gets no gradient. In
+    training, the dynamics are shown the true map.
 
     Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
-
-    Raises:
-        ValueError: the image size is no multiple of the patch size, or the static part too small.
     """
 
     objective = "jepa"
@@ -464,9 +452,8 @@ class BYOLWorldModel(JEPAWorldModel):
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
-    """The same encoder and dynamics, but pixels are predicted in place of latents: `decode` maps
-    latents to images through the mirror image of the encoder's patch convolution. There is no EMA:
-    the online encoder is its own target."""
+    """The same encoder and dynamics, but pixels are predicted in place of latents, by the mirror
+    image of the patch convolution. There is no EMA: the online encoder is its own target."""
 
     objective = "reconstruction"
 
@@ -509,13 +496,9 @@ def encode_shared(encoder, patches, index, looks):
 
 
 def compute_losses(model, batch):
-    """A batch of transitions -> {term: scalar}, and the prediction errors (B,) without gradient.
-
-    batch: a dict of patches (P, C, p, p) uint8, the distinct ones; index (B, 2, h, w) that puts the
-    frames before and after together from them; actions (B,). An error is the squared distance of
-    two unit-norm latents: 0 to 4, and latent_dim times the mean squared error that is logged (of
-    reconstruction, that of pixels is logged).
-    """
+    """A batch of transitions, see TransitionBatches -> {term: scalar}, and the prediction errors
+    (B,) without gradient: squared distances of unit-norm latents, 0 to 4, which is latent_dim times
+    the mean squared error that is logged (of reconstruction, that of pixels is logged)."""
     dynamics, patches, index = model.dynamics, batch["patches"] / 255, batch["index"]
     slow, mobility = looks = model.encoder.look_slowly(patches)     # (P, features), (P,)
     z = encode_shared(model.encoder, patches, index[:, 0], looks)
@@ -555,11 +538,9 @@ def weigh_by_error(error):
 
 
 def places(told, true, index):
-    """Teaches the static part which kind of patch stands at each place.
-
-    As in CPC (van den Oord et al. 2018) and I-JEPA (Assran et al. 2023), features of places are
-    told, not pixels. Both what is told and what is true are soft assignments to prototypes (as in
-    SwAV: Caron et al. 2020).
+    """Teaches the static part which kind of patch stands at each place: features of places, not
+    pixels, are told (as in CPC, van den Oord et al. 2018, and I-JEPA, Assran et al. 2023), by soft
+    assignment to prototypes (as in SwAV: Caron et al. 2020).
 
     told (B, kinds, h * w): what `tell` says, true (kinds, P): log-probabilities of the patches,
     index (B, h, w) -> mean of log(1 + KL divergence, summed over places).
@@ -571,11 +552,10 @@ def places(told, true, index):
 
 
 def pointing(dynamics, moving, mobility):
-    """Teaches the dynamics where to look: what moves is where a frame's patches hold most of what
-    comes and goes. The encoder learns from it too, a little.
+    """Teaches the dynamics where to look, and the encoder a little: what moves is where a frame's
+    patches hold most of what comes and goes.
 
-    moving (B, M), mobility (B, h, w) -> cross-entropies of row and column, averaged with weights by
-    error.
+    moving (B, M), mobility (B, h, w) -> cross-entropies of row and column, weighted by error.
     """
     place = mobility.flatten(-2).argmax(-1)                             # (B,)
     width = mobility.shape[-1]
@@ -586,29 +566,22 @@ def pointing(dynamics, moving, mobility):
 
 # ----------------------------- 5. What a latent is worth: three numbers that the loss does not show
 def latent_spread(z):
-    """(N, D) unit-norm -> float: mean over dims of the standard deviation, times sqrt(D).
-
-    1.0 for latents spread evenly on the sphere, 0 where every image has the same latent.
-    """
+    """(N, D) unit-norm -> float: mean over dims of the standard deviation, times sqrt(D). 1.0 for
+    latents spread evenly on the sphere, 0 where every image has the same latent."""
     return (z.std(0).mean() * math.sqrt(z.shape[1])).item()
 
 
 def effective_rank(z):
-    """(N, D) -> float in [1, D]: exp of the entropy of the normalised singular values.
-
-    Roy & Vetterli 2007; as a measure of collapse: RankMe, Garrido et al. 2023. Centred first.
-    """
+    """(N, D) -> float in [1, D]: exp of the entropy of the normalised singular values, centred
+    first (Roy & Vetterli 2007; as a measure of collapse: RankMe, Garrido et al. 2023)."""
     s = torch.linalg.svdvals(z.double() - z.double().mean(0))
     p = s / s.sum().clamp_min(1e-12)
-    return math.exp(-(p * p.clamp_min(1e-12).log()).sum().item())
+    return math.exp(torch.special.entr(p).sum().item())
 
 
 def hits_at_1(z, candidates, true_index):
-    """Is the candidate nearest to z[i] by cosine candidates[true_index[i]]? A tie is a miss.
-
-    Args: z (N, D), candidates (K, D), true_index (N,) int64. Returns: (N,) bool.
-    Ties count against the model since a collapsed one, whose latents are all equal, ties always.
-    """
+    """Is the candidate nearest to z[i] by cosine candidates[true_index[i]]? A tie is a miss, since
+    a collapsed model's latents tie always. z (N, D), candidates (K, D), true_index (N,) -> (N,)."""
     hits = []
     candidates = F.normalize(candidates, dim=1)
     for rows, true in zip(F.normalize(z, dim=1).split(1024), true_index.split(1024)):
@@ -643,10 +616,7 @@ def save_checkpoint(path, model, weights, **rest):
 
 def read_checkpoint(path):
     """Path -> the checkpoint's dict, tensors on the CPU; runs no code that the file contains.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, unreadable, or of another format.
-    """
+    Raises CheckpointError: the file is missing, damaged, or of another format."""
     path, again = Path(path), "run python3 train_jepa.py"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {again}")
@@ -683,8 +653,5 @@ def build_model(contents, path):
 
 def load_checkpoint(path):
     """Path -> model, rebuilt from what the file says of itself, eval mode, on the CPU.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or of another format.
-    """
+    Raises CheckpointError: the file is missing, damaged, or of another format."""
     return build_model(read_checkpoint(path), path)

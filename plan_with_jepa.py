@@ -435,7 +435,7 @@ def draw(path, world, model, attempts, rows):
                            for b in np.unique(bins)])
         axis.plot(*points.T, style, color=colour, label=row["name"])
     axis.set(ylim=(-0.02, 1.02), ylabel="success rate", xlabel="oracle's path length, actions")
-    axis.legend()
+    axis.legend(loc="center right")
     figure.savefig(path, dpi=100)
 
 

@@ -305,8 +305,8 @@ class TransitionBatches:
     """Batches of transitions: a dict of patches (P, 3, p, p) uint8, the distinct ones, and index
     (B, 2, h, w) int64 into them: the frames before and after actions (B,) int64.
 
-    An epoch has all transitions of `episodes`, `passes` times, but for an incomplete last batch. In
-    which order depends on `seed` and the epoch."""
+    An epoch has all transitions of `episodes`, `passes` times, but for an incomplete last batch
+    (unless it is the only one). In which order depends on `seed` and the epoch."""
 
     def __init__(self, transitions, episodes, batch_size, seed, passes=1):
         self.transitions, self.batch_size, self.seed = transitions, batch_size, seed

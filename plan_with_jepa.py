@@ -352,7 +352,10 @@ def compare(world, models):
     torch.manual_seed(SEED)
     jepa = models["JEPA"]
     untrained = type(jepa)(**jepa.arguments).to(pick_device()).eval()
-    untrained.dynamics.local = False  # as far as its pointers know
+    buffers = dict(jepa.named_buffers())    # these and the fixed filters are found before training
+    found = {k: v for k, v in jepa.state_dict().items() if k in buffers or ".fixed." in k}
+    untrained.load_state_dict(found, strict=False)
+    untrained.dynamics.local = False    # its pointers point anywhere, so it may go anywhere
     tasks = [make_task(world, n) for n in tqdm(range(NUM_TASKS), "tasks", leave=False)]
     few, useful = tasks[:CONTROL_TASKS], sorted({a for t in tasks for a in t.oracle})
     policies = {

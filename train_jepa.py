@@ -1,4 +1,4 @@
-"""Step 4: trains the world model and shows, epoch by epoch, that it does not collapse.
+"""Step 4: trains the world model and shows, epoch by epoch, whether it collapses.
 
     python3 train_jepa.py
 
@@ -49,13 +49,13 @@ from world_model_jepa import (
 
 # ------------------------------------------------------------------------- Settings: edit and rerun
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, prediction alone
-EPOCHS = 3                 # of all transitions, or of at least
-MIN_BATCHES = 350          # so many batches: few data are gone through more often
+EPOCHS = 3
+MIN_BATCHES = 350          # an epoch, about: few data are gone through more than once
 BATCH_SIZE = 256           # transitions
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
 EMA_MOMENTUM = 0.99        # of the target encoder, per step
 LATENT_DIM = 128
-MOVING_DIM = 48            # dims of what changes within an episode; the rest hold what stays
+MOVING_DIM = 48            # dims of what moves by itself; the rest are a map of all else
 VALIDATION_FRACTION = 0.05  # share of the episodes that is held out
 SEED = 0
 # L = prediction + places + 0.01 pointing: see world_model_jepa.py
@@ -135,7 +135,7 @@ def new_model(data, episodes):
 
 
 def new_batches(data, episodes):
-    """Batches of the transitions of these episodes, at least about MIN_BATCHES of them an epoch."""
+    """Batches of the transitions of these episodes: each once, or about MIN_BATCHES an epoch."""
     batches = TransitionBatches(data, episodes, BATCH_SIZE, SEED)
     batches.passes = max(1, round(MIN_BATCHES * BATCH_SIZE / len(batches.steps)))
     return batches
@@ -143,7 +143,8 @@ def new_batches(data, episodes):
 
 def new_optimizer(model, batches):
     """-> AdamW, and its one-cycle schedule over EPOCHS."""
-    # With the usual beta2, 0.999, what is seldom seen is learnt more slowly.
+    # With the usual beta2, 0.999, what is seldom seen is learnt more slowly. The schedule moves
+    # beta1 between 0.95 and 0.85, against the learning rate.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                   LEARNING_RATE, (0.9, 0.95), weight_decay=1e-4, fused=True)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(

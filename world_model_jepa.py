@@ -5,8 +5,8 @@
     z = model.encode(obs)                   # (B, 3, H, W) in [0, 1] -> (B, 128), unit norm
     z_next = model.predict_next(z, action)  # the latent one action later, no pixel in between
 
-A latent has two parts of equal norm: the moving part tells where and how what moves is, the static
-part is a map of all else, which stays until it is moved or opened. The objective:
+A latent has two parts of equal norm: the moving part tells place and pose of what moves, an agent;
+the static part is a map of all else, which stays until it is moved or opened. The objective:
 
     L = prediction + places + 0.01 pointing
 
@@ -64,7 +64,8 @@ def maxima(features, lines):
 
 def slow_features(x, share, index, number, limit=0.3):
     """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches mostly
-    stays the same within episodes? Walls, goals, keys and doors do; light and agents do not.
+    stays the same within episodes? Walls, goals, keys and doors do; the agent, and the light that
+    MiniGrid draws on what it sees, do not.
 
     The change of a direction in feature space is how much it differs at one place between two
     frames of an episode, squared, on average and for unit variance: 0 for what always stays, 2 for
@@ -166,8 +167,8 @@ class ConvEncoder(nn.Module):
 
     def look_slowly(self, patches):
         """(P, C, p, p) -> slow features (P, features), 0 for the average, and mobility (P,): how
-        much there is of what comes and goes, 1 for the usual frame's most. As light is in many
-        places and the agent in one, it is the agent's patch that is far from average."""
+        much there is of what comes and goes, 1 for a frame's largest, on average. As light is in
+        many places and the agent in one, it is the agent's patch that is far from average."""
         x = self.look(self.fixed, patches) - self.average
         return x @ self.slow, (x @ self.fast).square().sum(1) / self.mobile
 
@@ -353,7 +354,7 @@ class JEPAWorldModel(nn.Module):
     """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020):
     the prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
     encoder is an exponential moving average (EMA) of the online one and gets no gradient. In
-    training, the dynamics are shown the true map.
+    training, the dynamics are shown the true map, and point softly.
 
     Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
     """
@@ -498,7 +499,8 @@ def encode_shared(encoder, patches, index, looks):
 def compute_losses(model, batch):
     """A batch of transitions, see TransitionBatches -> {term: scalar}, and the prediction errors
     (B,) without gradient: squared distances of unit-norm latents, 0 to 4, which is latent_dim times
-    the mean squared error that is logged (of reconstruction, that of pixels is logged)."""
+    the mean squared error that is logged (of reconstruction, that of pixels is logged). "places"
+    has two halves: what stands where, and what one action makes of it."""
     dynamics, patches, index = model.dynamics, batch["patches"] / 255, batch["index"]
     slow, mobility = looks = model.encoder.look_slowly(patches)     # (P, features), (P,)
     z = encode_shared(model.encoder, patches, index[:, 0], looks)

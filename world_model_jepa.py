@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
+from minigrid_dataset import join_tiles
 
 CHECKPOINT_FORMAT = 13
 
@@ -514,7 +515,7 @@ def compute_losses(model, batch):
         static, maps[:, 0], place, seen, around, model.encoder.lay_out))
     if model.objective == "reconstruction":
         static = static.detach()                            # pixels alone shape it
-        frames = patches[index].permute(1, 0, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        frames = join_tiles(patches, index).unbind(1)
         decoded, error = ((model.decode(x) - y).square().mean((1, 2, 3))
                           for x, y in zip((z, predicted), frames))
         prediction = weigh_by_error(decoded) + weigh_by_error(error)

@@ -191,7 +191,8 @@ class ConvEncoder(nn.Module):
         return join(moving, self.lay_out(F.embedding(index.flatten(1), slow).flatten(1)))
 
     def lay_out(self, shown):
-        """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm."""
+        """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm. The
+        linear map has norm 1, so that the sums keep their share as it grows."""
         shown = shown - self.usual.flatten()
         pooled = shown.unflatten(-1, self.usual.shape).sum(-2) / math.sqrt(len(self.usual))
         return torch.cat([F.normalize(self.static(shown), dim=-1), pooled], -1)
@@ -505,6 +506,8 @@ def compute_losses(model, batch):
     dynamics, patches, index = model.dynamics, batch["patches"] / 255, batch["index"]
     slow, mobility = looks = model.encoder.look_slowly(patches)     # (P, features), (P,)
     z = encode_shared(model.encoder, patches, index[:, 0], looks)
+    with torch.no_grad():
+        target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
     moving, static = dynamics.parts(z)                                  # (B, M), (B, S)
     true = dynamics.assign(slow.T)                                      # (kinds, P)
     maps = F.embedding(index, dynamics.draw_map(true))                  # (B, 2, h, w, features)
@@ -521,16 +524,15 @@ def compute_losses(model, batch):
         prediction = weigh_by_error(decoded) + weigh_by_error(error)
         error = error * z.shape[-1]
     else:
-        with torch.no_grad():
-            target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
         error = (predicted - target).square().sum(-1)                   # (B,)
         if model.objective == "byol":
             return {"prediction": error.mean()}, error.detach()
         prediction = weigh_by_error(error)
     changes = weigh_by_error((around - then).square().sum((-1, -2)))
     told = places(dynamics.tell(static), true, index[:, 0])
-    return {"prediction": prediction, "places": told + changes,
-            "pointing": pointing(dynamics, moving, mobility[index[:, 0]])}, error.detach()
+    both = torch.cat([moving, dynamics.parts(target)[0]])   # as nothing starts where episodes end
+    pointed = pointing(dynamics, both, mobility[torch.cat(index.unbind(1))])
+    return {"prediction": prediction, "places": told + changes, "pointing": pointed}, error.detach()
 
 
 def weigh_by_error(error):
@@ -558,9 +560,9 @@ def pointing(dynamics, moving, mobility):
     """Teaches the dynamics where to look, and the encoder a little: what moves is where a frame's
     patches hold most of what comes and goes.
 
-    moving (B, M), mobility (B, h, w) -> cross-entropies of row and column, weighted by error.
+    moving (N, M), mobility (N, h, w) -> cross-entropies of row and column, weighted by error.
     """
-    place = mobility.flatten(-2).argmax(-1)                             # (B,)
+    place = mobility.flatten(-2).argmax(-1)                             # (N,)
     width = mobility.shape[-1]
     told = dynamics.to_place(moving).split(dynamics.grid, -1)
     return sum(weigh_by_error(F.cross_entropy(x, true, reduction="none"))

@@ -432,6 +432,16 @@ def test_pointing_teaches_the_moving_part_and_not_the_static_one():
     assert model.encoder.moving.weight.grad.any() and not model.encoder.static.weight.grad.any()
 
 
+def test_pointing_teaches_frames_that_episodes_end_with():
+    """They stand in a batch as what an action led to, and nowhere else."""
+    torch.manual_seed(0)
+    model, some = JEPAWorldModel(), batch()
+    found = [compute_losses(model, some)[0]["pointing"]]
+    some["index"][:, 1] = some["index"][:, 1].roll(1, 2)
+    found.append(compute_losses(model, some)[0]["pointing"])
+    assert (found[0] - found[1]).abs() > 1e-3
+
+
 def test_a_kind_ends_episodes_where_they_mostly_end_once_what_moves_hides_it():
     """Patch 3 is what moves, and comes to stand on 0, 1 or 2."""
     torch.manual_seed(0)

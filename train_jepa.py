@@ -50,7 +50,7 @@ from world_model_jepa import (
 # ------------------------------------------------------------------------- Settings: edit and rerun
 OBJECTIVE = "jepa"         # or "reconstruction", or "byol": the tutorial's, prediction alone
 EPOCHS = 3
-MIN_BATCHES = 350          # an epoch, about: few data are gone through more than once
+MIN_BATCHES = 350          # an epoch, at least: few data are gone through more than once
 BATCH_SIZE = 256           # transitions
 LEARNING_RATE = 5e-3       # peak of a one-cycle schedule (warm-up over a tenth, then cosine to 0)
 EMA_MOMENTUM = 0.99        # of the target encoder, per step
@@ -135,9 +135,9 @@ def new_model(data, episodes):
 
 
 def new_batches(data, episodes):
-    """Batches of the transitions of these episodes: each once, or about MIN_BATCHES an epoch."""
+    """Batches of the transitions of these episodes: all once, or at least MIN_BATCHES an epoch."""
     batches = TransitionBatches(data, episodes, BATCH_SIZE, SEED)
-    batches.passes = max(1, round(MIN_BATCHES * BATCH_SIZE / len(batches.steps)))
+    batches.passes = math.ceil(MIN_BATCHES * BATCH_SIZE / len(batches.steps))
     return batches
 
 

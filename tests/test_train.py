@@ -373,7 +373,8 @@ def test_few_data_are_gone_through_more_often(few, monkeypatch, least):
     episodes = split_by_episode(data, 0.05, 0)[0]
     batches = train_jepa.new_batches(data, episodes)
     once = len(data) / train_jepa.BATCH_SIZE
-    assert abs(len(batches) - max(least, once)) <= once / 2 + 1     # whole passes
+    assert least <= len(batches) <= least + once            # whole passes
+    assert all(len(batch["actions"]) == train_jepa.BATCH_SIZE for batch in batches)
     assert len(list(batches)) == len(batches)
 
 

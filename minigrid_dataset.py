@@ -305,22 +305,23 @@ class TransitionBatches:
     """Batches of transitions: a dict of patches (P, 3, p, p) uint8, the distinct ones, and index
     (B, 2, h, w) int64 into them: the frames before and after actions (B,) int64.
 
-    An epoch has all transitions of `episodes`, `passes` times, but for an incomplete last batch
-    (unless it is the only one). In which order depends on `seed` and the epoch."""
+    An epoch has all transitions of `episodes`, but for what fills no batch, or again and again,
+    until there are `least` batches. In which order depends on `seed` and the epoch."""
 
-    def __init__(self, transitions, episodes, batch_size, seed, passes=1):
+    def __init__(self, transitions, episodes, batch_size, seed, least=1):
         self.transitions, self.batch_size, self.seed = transitions, batch_size, seed
-        self.steps, self.passes, self.epoch = steps_of(transitions, episodes), passes, 0
+        self.steps, self.least, self.epoch = steps_of(transitions, episodes), least, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __len__(self):
-        return max(1, len(self.steps) * self.passes // self.batch_size)
+        return max(self.least, len(self.steps) // self.batch_size)
 
     def __iter__(self):
         data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])
-        order = np.concatenate([rng.permutation(self.steps) for _ in range(self.passes)])
+        passes = math.ceil(len(self) * self.batch_size / len(self.steps))
+        order = np.concatenate([rng.permutation(self.steps) for _ in range(passes)])
         for b in range(len(self)):
             t = torch.from_numpy(order[b * self.batch_size :][: self.batch_size])
             t = t.to(data.actions.device)
@@ -335,10 +336,10 @@ def steps_of(transitions, episodes):
 
 def sample_patches(transitions, episodes, seed):
     """What an encoder starts from -> patches (P, 3, p, p) uint8, the distinct ones, and index (N,
-    2, h, w) into them: at most 16384 pairs of frames, four actions apart (or as many as the longest
+    2, h, w) into them: at most 16384 pairs of frames, four actions apart (or as many as the median
     episode has); fewer where that were more than memory should hold."""
     of = transitions.episode
-    gap = min(4, np.bincount(of)[episodes].max()) - 1
+    gap = min(4, int(np.median(np.bincount(of)[episodes]))) - 1
     steps = steps_of(transitions, episodes)
     steps = steps[of[steps] == np.append(of, [-1] * gap)[steps + gap]]
     most = 2**24 if len(transitions.tiles) < 2**18 else 2**18       # patches, or distinct ones

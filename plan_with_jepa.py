@@ -355,7 +355,11 @@ def compare(world, models):
     buffers = dict(jepa.named_buffers())    # these and the fixed filters are found before training
     found = {k: v for k, v in jepa.state_dict().items() if k in buffers or ".fixed." in k}
     untrained.load_state_dict(found, strict=False)
+    for encoder in (untrained.encoder, untrained.target_encoder):       # begins as the fixed one
+        for began, its in zip(encoder.fixed.parameters(), encoder.convolution.parameters()):
+            its.data = began[:len(its)].clone()
     untrained.dynamics.local = False    # its pointers point anywhere, so it may go anywhere
+    untrained.dynamics.ends.zero_()
     tasks = [make_task(world, n) for n in tqdm(range(NUM_TASKS), "tasks", leave=False)]
     few, useful = tasks[:CONTROL_TASKS], sorted({a for t in tasks for a in t.oracle})
     policies = {

@@ -134,13 +134,6 @@ def new_model(data, episodes):
     return model
 
 
-def new_batches(data, episodes):
-    """Batches of the transitions of these episodes: all once, or at least MIN_BATCHES an epoch."""
-    batches = TransitionBatches(data, episodes, BATCH_SIZE, SEED)
-    batches.passes = math.ceil(MIN_BATCHES * BATCH_SIZE / len(batches.steps))
-    return batches
-
-
 def new_optimizer(model, batches):
     """-> AdamW, and its one-cycle schedule over EPOCHS."""
     # With the usual beta2, 0.999, what is seldom seen is learnt more slowly. The schedule moves
@@ -158,7 +151,7 @@ def train(path, device):
     train_episodes, held_out = split_by_episode(data, VALIDATION_FRACTION, SEED)
     torch.manual_seed(SEED)
     model, data = new_model(data, train_episodes).to(device), data.to(device)
-    batches = new_batches(data, train_episodes)
+    batches = TransitionBatches(data, train_episodes, BATCH_SIZE, SEED, MIN_BATCHES)
     losses = Losses(model)
     weights = {"prediction": 1, "places": PLACES_WEIGHT, "pointing": POINTING_WEIGHT}
     if dist.is_initialized():
@@ -293,8 +286,11 @@ def validate(model, data, episodes):
     others = (episode[:, None] == episode) & (before[:, None] != before)
     unit = model.weigh(target[before])
     cosines = (unit @ unit.T)[others].sort().values
+    if not len(cosines):  # episodes of one step
+        cosines = (unit * model.weigh(target[after])).sum(-1)[moved].sort().values
     if len(cosines):
-        model.same_state.fill_((2 + cosines[int(0.9999 * (len(cosines) - 1))]) / 3)
+        most = cosines[int(0.9999 * (len(cosines) - 1))]
+        model.same_state.fill_((2 + most) / 3).clamp_(max=1 - 1e-5)     # one is itself, at least
     return {
         "val_loss": F.mse_loss(predicted, target[after]).item(),
         "cos": F.cosine_similarity(predicted, target[after]).mean().item(),

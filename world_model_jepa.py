@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from collect_minigrid_data import write_atomically
 from minigrid_dataset import join_tiles
 
-CHECKPOINT_FORMAT = 13
+CHECKPOINT_FORMAT = 14
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
@@ -506,7 +506,7 @@ def compute_losses(model, batch):
     dynamics, patches, index = model.dynamics, batch["patches"] / 255, batch["index"]
     slow, mobility = looks = model.encoder.look_slowly(patches)     # (P, features), (P,)
     z = encode_shared(model.encoder, patches, index[:, 0], looks)
-    with torch.no_grad():
+    with torch.set_grad_enabled(model.objective == "reconstruction"):
         target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
     moving, static = dynamics.parts(z)                                  # (B, M), (B, S)
     true = dynamics.assign(slow.T)                                      # (kinds, P)
@@ -518,9 +518,9 @@ def compute_losses(model, batch):
         static, maps[:, 0], place, seen, around, model.encoder.lay_out))
     if model.objective == "reconstruction":
         static = static.detach()                            # pixels alone shape it
-        frames = join_tiles(patches, index).unbind(1)
-        decoded, error = ((model.decode(x) - y).square().mean((1, 2, 3))
-                          for x, y in zip((z, predicted), frames))
+        before, after = join_tiles(patches, index).unbind(1)
+        decoded, error = ((model.decode(x) - y).square().mean((1, 2, 3)) for x, y in (
+            (torch.cat([z, target]), torch.cat([before, after])), (predicted, after)))
         prediction = weigh_by_error(decoded) + weigh_by_error(error)
         error = error * z.shape[-1]
     else:

@@ -359,9 +359,8 @@ def train_as_set(data, recipe, body, weight):
         data, train_jepa.VALIDATION_FRACTION, train_jepa.SEED)
     torch.manual_seed(train_jepa.SEED)
     model, data = train_jepa.new_model(data, episodes).to(DEVICE), data.to(DEVICE)
-    batches = train_jepa.new_batches(data, episodes)
-    if learnt is not OURS:
-        batches = Windows(data, episodes, batches.batch_size, train_jepa.SEED, batches.passes)
+    batches = (TransitionBatches if learnt is OURS else Windows)(
+        data, episodes, train_jepa.BATCH_SIZE, train_jepa.SEED, train_jepa.MIN_BATCHES)
     if learnt is byol:
         model.target_encoder = copy.deepcopy(model.encoder).requires_grad_(False)
     optimizer, schedule = train_jepa.new_optimizer(model, batches)

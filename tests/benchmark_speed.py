@@ -408,7 +408,7 @@ def bench_step(folder):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3,
                                       fused=True)
         batches = iter(minigrid_dataset.TransitionBatches(
-            data, np.unique(data.episode), train_jepa.BATCH_SIZE, 0, 10))
+            data, np.unique(data.episode), train_jepa.BATCH_SIZE, 0, 1000))
 
         def step():
             batch = next(batches)
@@ -465,7 +465,7 @@ def bench_scale(folder):
             "import numpy as np, train_jepa as t\nbegan = time.time()\n"
             "data = d.load_transitions(c.data_path())\nloaded = time.time()\n"
             "episodes = np.unique(data.episode)\nmodel = t.new_model(data, episodes)\n"
-            "t.MIN_BATCHES = 1\nbatches = t.new_batches(data, episodes)\n"
+            "batches = t.TransitionBatches(data, episodes, t.BATCH_SIZE, t.SEED)\n"
             "losses, (optimizer, _) = t.Losses(model), t.new_optimizer(model, batches)\n"
             "for batch in batches:\n"
             "    terms, errors = losses(batch)\n"

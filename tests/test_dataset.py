@@ -382,11 +382,11 @@ def known_steps(arrays, batches):
 def test_an_epoch_shows_every_transition_of_its_episodes(numbered):
     arrays, data = numbered
     assert sorted(known_steps(arrays, md.TransitionBatches(data, range(8), 4, 0))) == [*range(40)]
-    few = known_steps(arrays, md.TransitionBatches(data, [1, 5], 2, 0, passes=3))
+    few = known_steps(arrays, md.TransitionBatches(data, [1, 5], 2, 0, least=12))
     assert sorted(few) == sorted(3 * np.flatnonzero(np.isin(arrays["episode"], [1, 5])).tolist())
 
 
-@pytest.mark.parametrize("episodes, gap", [(range(8), 4), ([2, 5], 4), ([5], 2)])
+@pytest.mark.parametrize("episodes, gap", [(range(8), 4), ([2, 5], 3), ([0, 5], 2), ([5], 2)])
 def test_sampled_patches_are_of_two_frames_of_one_episode(numbered, episodes, gap):
     arrays, data = numbered
     patches, index = md.sample_patches(data, np.array(episodes), seed=0)
@@ -427,15 +427,17 @@ def test_the_order_is_a_function_of_seed_and_epoch(numbered):
         return [batch["actions"].item() for batch in batches]
 
     assert epoch(0, 0) == epoch(0, 0) != epoch(0, 1) != epoch(1, 1)
-    twice = epoch(0, 0, passes=2)
+    twice = epoch(0, 0, least=80)
     assert twice[:40] != twice[40:] and sorted(twice[:40]) == sorted(twice[40:]) == [*range(40)]
 
 
-@pytest.mark.parametrize("batch_size, episodes, sizes", [
-    (20, range(8), [20, 20]), (18, range(8), [18, 18]), (50, range(8), [40]), (1, [5], [1, 1])])
-def test_only_a_single_batch_may_be_incomplete(numbered, batch_size, episodes, sizes):
-    batches = md.TransitionBatches(numbered[1], episodes, batch_size, 0)
-    assert len(batches) == len(sizes) and [len(batch["actions"]) for batch in batches] == sizes
+@pytest.mark.parametrize("batch_size, episodes, least, count", [
+    (20, range(8), 1, 2), (18, range(8), 1, 2), (18, range(8), 5, 5), (50, range(8), 1, 1),
+    (1, [5], 1, 2), (7, [5], 3, 3)])
+def test_every_batch_is_complete(numbered, batch_size, episodes, least, count):
+    batches = md.TransitionBatches(numbered[1], episodes, batch_size, 0, least)
+    sizes = [len(batch["actions"]) for batch in batches]
+    assert sizes == [batch_size] * count and len(batches) == count
 
 
 # ---------------------------------------------------------------------------------- damaged files

@@ -366,16 +366,16 @@ def test_parts_that_are_better_predicted_count_for_more(few):
         [static / (moving + static), moving / (moving + static)], rel=0.01)
 
 
-@pytest.mark.parametrize("least", [1, 9, 40])
-def test_few_data_are_gone_through_more_often(few, monkeypatch, least):
-    monkeypatch.setattr(train_jepa, "MIN_BATCHES", least)
+def test_the_threshold_is_calibrated_where_episodes_have_one_step(few):
     data = load_transitions(few)
+    data.episode[:] = np.arange(len(data))
     episodes = split_by_episode(data, 0.05, 0)[0]
-    batches = train_jepa.new_batches(data, episodes)
-    once = len(data) / train_jepa.BATCH_SIZE
-    assert least <= len(batches) <= least + once            # whole passes
-    assert all(len(batch["actions"]) == train_jepa.BATCH_SIZE for batch in batches)
-    assert len(list(batches)) == len(batches)
+    model = train_jepa.new_model(data, episodes)
+    train_jepa.validate(model, data, episodes)
+    pairs = train_jepa.encode_frames(model, data, data.pairs(torch.arange(600)).flatten(), True)
+    before, after = model.weigh(pairs).unflatten(0, (-1, 2)).unbind(1)
+    moved = (data.obs_index != data.next_obs_index)[:600]
+    assert ((before * after).sum(-1)[moved] > model.same_state).float().mean() < 0.01
 
 
 # ------------------------------------------------------------------------------------------- data

@@ -353,13 +353,12 @@ def compare(world, models):
     jepa = models["JEPA"]
     untrained = type(jepa)(**jepa.arguments).to(pick_device()).eval()
     buffers = dict(jepa.named_buffers())    # these and the fixed filters are found before training
-    found = {k: v for k, v in jepa.state_dict().items() if k in buffers or ".fixed." in k}
+    found = {k: v for k, v in jepa.state_dict().items()
+             if ".fixed." in k or k in buffers and k != "dynamics.ends"}
+    found |= {k.replace("fixed", "convolution"): v[:jepa.arguments["channels"]]  # begins like them
+              for k, v in found.items() if ".fixed." in k}
     untrained.load_state_dict(found, strict=False)
-    for encoder in (untrained.encoder, untrained.target_encoder):       # begins as the fixed one
-        for began, its in zip(encoder.fixed.parameters(), encoder.convolution.parameters()):
-            its.data = began[:len(its)].clone()
     untrained.dynamics.local = False    # its pointers point anywhere, so it may go anywhere
-    untrained.dynamics.ends.zero_()
     tasks = [make_task(world, n) for n in tqdm(range(NUM_TASKS), "tasks", leave=False)]
     few, useful = tasks[:CONTROL_TASKS], sorted({a for t in tasks for a in t.oracle})
     policies = {

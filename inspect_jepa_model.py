@@ -214,6 +214,8 @@ def states_like(world, frame, *tile_sizes):
     for pose in queue:
         for action in (0, 1, FORWARD):
             place(pose)
+            if not all(0 <= x < n for x, n in zip(it.front_pos, (it.width, it.height))):
+                continue  # in a door at the edge, which an episode ended with opening
             over = env.step(action)[2]
             after = int(it.agent_pos[0]), int(it.agent_pos[1]), int(it.agent_dir)
             if after not in poses:

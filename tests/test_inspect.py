@@ -111,6 +111,16 @@ def test_states_of_a_users_world_look_as_they_were_collected(name, monkeypatch):
     assert (np.max(found, 0) >= 0).all()
 
 
+def test_states_do_not_lead_off_the_grid(monkeypatch):
+    """In GoToDoor an episode ends where a door is opened: at the grid's edge."""
+    monkeypatch.setattr(inspection, "STRICT_STATES", 10**6)
+    world = held_out("MiniGrid-GoToDoor-6x6-v0", 20, 4, 60)
+    doors = world["frame_grid"][..., 0] == 4
+    assert (doors & (world["frame_grid"][..., 2] == 0)).any()           # some of them stand open
+    found = [place for _, place in inspection.layouts_with_states(world, 4)]
+    assert (np.max(found, 0) >= 0).all()
+
+
 def test_strict_hits_of_a_model_that_looks_the_answer_up(monkeypatch):
     """Latents that are one pixel pattern each, and dynamics that know what happened."""
     monkeypatch.setattr(inspection, "HORIZON", 3)

@@ -191,8 +191,8 @@ class ConvEncoder(nn.Module):
         return join(moving, self.lay_out(F.embedding(index.flatten(1), slow).flatten(1)))
 
     def lay_out(self, shown):
-        """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm. The
-        linear map has norm 1, so that the sums keep their share as it grows."""
+        """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm. Its
+        learnt numbers have norm 1, so that the sums keep their share while weights grow."""
         shown = shown - self.usual.flatten()
         pooled = shown.unflatten(-1, self.usual.shape).sum(-2) / math.sqrt(len(self.usual))
         return torch.cat([F.normalize(self.static(shown), dim=-1), pooled], -1)

@@ -352,7 +352,7 @@ def compare(world, models):
     torch.manual_seed(SEED)
     jepa = models["JEPA"]
     untrained = type(jepa)(**jepa.arguments).to(pick_device()).eval()
-    buffers = dict(jepa.named_buffers())    # these and the fixed filters are found before training
+    buffers = dict(jepa.named_buffers())    # no gradient trains these and the fixed filters
     found = {k: v for k, v in jepa.state_dict().items()
              if ".fixed." in k or k in buffers and k != "dynamics.ends"}
     found |= {k.replace("fixed", "convolution"): v[:jepa.arguments["channels"]]  # begins like them

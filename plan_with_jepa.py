@@ -53,7 +53,7 @@ class Plan(list):
 
 def same_state(model, z, other):
     """(..., D) twice -> (...) bool. The threshold is calibrated by training, on held-out data."""
-    return (model.weigh(z) * model.weigh(other)).sum(-1) > model.same_state
+    return F.cosine_similarity(z, other, dim=-1) > model.same_state
 
 
 def read_images(model, **images):
@@ -87,7 +87,7 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
     Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode.
     """
     images, same = read_images(model, obs=obs, goal_obs=goal_obs), model.same_state
-    states, goal = model.weigh(model.encode_target(images)).split(1)        # (1, D) each
+    states, goal = F.normalize(model.encode_target(images), dim=-1).split(1)        # (1, D) each
     z, A = model.encode(images[:1]), model.arguments["num_actions"]                 # (1, D)
     parents, best, nearest = [(0, None)], 0, (states @ goal.T).max()                # (from, action)
     for _ in range(max_actions):
@@ -95,7 +95,7 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
             break
         first = len(parents) - len(z)                                   # of the frontier
         z = model.predict_next(z[:, None], torch.arange(A, device=z.device))
-        found = model.weigh(z)                                  # (F, A, D)
+        found = F.normalize(z, dim=-1)                                  # (F, A, D)
         changed = (found * states[first:, None]).sum(-1) <= same        # by the action
         z, found, new = z.flatten(0, 1), found.flatten(0, 1), changed.flatten().nonzero()[:, 0]
         known = [(some @ states.T).amax(1) > same for some in found[new].split(1024)]
@@ -123,7 +123,7 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
     whose imagined latents come nearest to the goal; returns the best up to its nearest step.
     """
     images, samples, horizon = read_images(model, obs=obs, goal_obs=goal_obs), 256, 20
-    here, goal = model.weigh(model.encode_target(images))
+    here, goal = F.normalize(model.encode_target(images), dim=-1)
     best, nearest, A = [], (here @ goal).item(), model.arguments["num_actions"]
     if nearest > model.same_state:
         return Plan([], True)
@@ -133,7 +133,7 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
         z, scores = model.encode(images[:1]).expand(samples, -1), []
         for t, action in enumerate(tries.T):
             z = model.predict_next(z, action)
-            scores.append(model.weigh(z) @ goal - 1e-3 * t)  # the sooner the better
+            scores.append(F.normalize(z, dim=-1) @ goal - 1e-3 * t)  # the sooner the better
         score, steps = torch.stack(scores, 1).max(1)                    # (samples,) each
         elite = score.topk(samples // 10).indices
         if score[elite[0]] > nearest:

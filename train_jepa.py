@@ -194,8 +194,8 @@ def train(path, device):
                 say(f"Epoch {epoch:02d} | Batch {number:04d} | Step {step:05d} | "
                     f"Avg Loss {average:.4f}")
         model.eval()
-        row = {"loss": average, **validate(model, data, held_out)}
-        row["seconds"] = time.perf_counter() - began
+        row = {"loss": average, **validate(model, data, held_out),
+               "seconds": time.perf_counter() - began}
         history.append(row)
         say(f"Epoch {epoch:02d} finished | Mean Loss {row['loss']:.4f} | "
             f"Val cos {row['cos']:.2f} | z_std {row['z_std']:.2f} | "
@@ -260,15 +260,11 @@ def validate(model, data, episodes):
     prediction is that of the true next frame; only transitions in which something moved count.
     `copy` predicts that nothing changes.
 
-    For the planner it also sets model.part_weights, by the inverse of each part's mean error (an
-    opened door changes the static part by less than the moving part is wrong), and
-    model.same_state: two thirds of the way from the cosine that the latents, so weighted, of two
-    different frames of one episode hardly ever exceed (a pair in 10,000) to 1.
+    For the planner it also sets model.same_state: two thirds of the way from the cosine that the
+    latents before and after a change hardly ever exceed (one in 10,000) to 1.
     """
     device = data.actions.device
-    steps = torch.from_numpy(steps_of(data, episodes)[:5000])
-    episode = torch.from_numpy(data.episode[steps]).to(device)
-    steps = steps.to(device)
+    steps = torch.from_numpy(steps_of(data, episodes)[:5000]).to(device)
     used, pair = data.pairs(steps).unique(return_inverse=True)                      # (N, 2)
     # The same picture can stand in the file more than once: make it one candidate.
     tiles, same = data.frame_tiles[used].flatten(1).unique(dim=0, return_inverse=True)
@@ -279,15 +275,7 @@ def validate(model, data, episodes):
     target = encode_frames(model, data, used[first], target=True)
     predicted = model.predict_next(online[before], data.actions[steps])
     moved = before != after
-    parts = (z.tensor_split([model.moving_dim], -1) for z in (predicted, target[after]))
-    error = torch.stack([1 - F.cosine_similarity(*both, dim=-1).mean() for both in zip(*parts)])
-    weights = 1 / error.clamp_min(0.01 * error.max() + 1e-6)
-    model.part_weights.copy_(weights / weights.sum())
-    others = (episode[:, None] == episode) & (before[:, None] != before)
-    unit = model.weigh(target[before])
-    cosines = (unit @ unit.T)[others].sort().values
-    if not len(cosines):  # episodes of one step
-        cosines = (unit * model.weigh(target[after])).sum(-1)[moved].sort().values
+    cosines = F.cosine_similarity(target[before], target[after])[moved].sort().values
     if len(cosines):
         most = cosines[int(0.9999 * (len(cosines) - 1))]
         model.same_state.fill_((2 + most) / 3).clamp_(max=1 - 1e-5)     # one is itself, at least
@@ -304,15 +292,15 @@ def validate(model, data, episodes):
 def plot_history(path, history):
     """Loss, spread, rank and hit@1 over epochs, as a picture at `path`."""
     figure = Figure(figsize=(15, 3.4), layout="constrained")
-    panels = {"Prediction error (MSE)": (None, "loss", "val_loss"),
-              "Spread z_std (1 even, 0 collapsed)": (1.1, "z_std"),
-              f"Effective rank (of {LATENT_DIM} dims)": (1.1 * LATENT_DIM, "rank"),
-              "hit@1, one step, moved only": (1.1, "hit@1", "copy")}
-    for axis, (title, (top, *keys)) in zip(figure.subplots(1, 4), panels.items()):
-        for key, style in zip(keys, ("o-", "s--")):
-            axis.plot(range(1, len(history) + 1), [h[key] for h in history], style, ms=4, label=key)
+    panels = {"Prediction error (MSE)": ("loss", "val_loss"),
+              "Spread z_std (1 even, 0 collapsed)": ("z_std",),
+              f"Effective rank (of {LATENT_DIM} dims)": ("rank",),
+              "hit@1, one step, moved only": ("hit@1", "copy")}
+    for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
+        for key in keys:
+            axis.plot(range(1, len(history) + 1), [h[key] for h in history], "o-", ms=4, label=key)
         axis.set(title=title, xlabel="epoch")
-        axis.set(**{"ylim": (0, top)} if top else {"yscale": "log"})
+        axis.set(**{"yscale": "log"} if "loss" in keys else {"ylim": (0, None)})
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()

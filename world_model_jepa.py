@@ -9,8 +9,6 @@ A latent has two parts of equal norm: the moving part tells place and pose of wh
 the static part is a map of all else, which stays until it is moved or opened. The objective:
 
     L = prediction + places + 0.01 pointing
-
-This module reads and writes nothing but checkpoints.
 """
 
 import copy
@@ -27,7 +25,7 @@ import torch.nn.functional as F
 from collect_minigrid_data import write_atomically
 from minigrid_dataset import join_tiles
 
-CHECKPOINT_FORMAT = 14
+CHECKPOINT_FORMAT = 15
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
@@ -42,10 +40,9 @@ def join(moving, static):
 def cut(obs, patch_size):
     """Images (B, C, H, W) -> patches (B * h * w, C, p, p), and index (B, h, w) into them."""
     B, C, H, W = obs.shape
-    h, w = H // patch_size, W // patch_size
-    patches = obs.view(B, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
-    index = torch.arange(B * h * w, device=obs.device).view(B, h, w)
-    return patches.reshape(-1, C, patch_size, patch_size), index
+    patches = F.unfold(obs, patch_size, stride=patch_size).mT.reshape(-1, C, patch_size, patch_size)
+    index = torch.arange(len(patches), device=obs.device)
+    return patches, index.view(B, H // patch_size, W // patch_size)
 
 
 def maxima(features, lines):
@@ -131,13 +128,12 @@ class ConvEncoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, patches, index):
-        """Fits to the data what training starts from. The convolutions become random filters of
-        whitened patches (Coates, Ng & Lee 2011), which find the patches about equally far apart: a
-        closed door in the dark differs from floor by a tenth of the range, next to nothing to usual
-        filters. The slow features are found, and their average at every place. On the CPU.
+        """Fits to the data what training starts from, on the CPU. The convolutions become random
+        filters of whitened patches (Coates, Ng & Lee 2011), to which all patches are about equally
+        far apart: a closed door in the dark differs from floor by a tenth of the range.
 
-        patches (P, C, p, p) uint8, the distinct ones, index (N, 2, h, w) into them: see
-        sample_patches. -> their slow features (P, features), and how often each occurs (P,)."""
+        patches (P, C, p, p) uint8, index (N, 2, h, w): see sample_patches -> what choose_kinds
+        takes."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
@@ -148,18 +144,18 @@ class ConvEncoder(nn.Module):
             layer.bias.copy_(filters @ (0.5 - x.mean(0)))
         x = torch.cat([self.look(self.fixed, some / 255) for some in patches.split(4096)])
         share = torch.bincount(index.flatten(), minlength=len(x)) / index.numel()
-        self.average.copy_(share @ x)
+        self.average = share @ x
         x -= self.average
         slow, fast = slow_features(x.double(), share.double(), index, self.slow.shape[1])
-        self.slow.copy_(slow)
-        self.fast.copy_(fast)
+        self.slow, self.fast = slow.float(), fast.float()
         mobility = (x @ self.fast).square().sum(1)
-        most = [mobility[some].flatten(-2).amax(-1).mean(1) for some in index.split(64)]
-        self.mobile.copy_(torch.cat(most).mean() + 1e-9)
+        most, place = mobility[index].flatten(-2).max(-1)               # (N, 2)
+        self.mobile = most.mean() + 1e-9
+        moves = index.flatten(-2).gather(-1, place[..., None]).flatten().bincount(minlength=len(x))
         x = x @ self.slow
-        shown = (F.embedding(some.flatten(1), x) for some in index[:, 0].split(8))
-        self.usual.copy_(sum(some.sum(0) for some in shown) / len(index))
-        return x, share
+        self.usual = F.embedding(index[:, 0].flatten(1), x).mean(0)
+        known = share * index.numel() - moves > 1e-3 * moves.sum()      # not rare
+        return x, share, (1 - mobility / self.mobile).clamp_min(0) * known
 
     def look(self, convolution, patches):
         """(P, C, p, p) -> features (P, channels): convolution, layer norm, ReLU."""
@@ -178,12 +174,8 @@ class ConvEncoder(nn.Module):
 
     def from_patches(self, patches, index, looks=None):
         """Images put together from patches (P, C, p, p) as index (B, h, w) says -> their latents
-        (B, latent_dim). The moving part sees the maxima of each row and of each column, of patches
-        as far as they are mobile. looks: what look_slowly says of the patches, if that is known.
-
-        A batch of MiniGrid frames has 100,000 patches but a few dozen distinct ones, and each is
-        looked at once.
-        """
+        (B, latent_dim). A batch of MiniGrid frames has 100,000 patches but a few dozen distinct
+        ones: each is looked at once. looks: what look_slowly says of them, if that is known."""
         slow, mobility = self.look_slowly(patches) if looks is None else looks
         x = self.look(self.convolution, patches) * mobility.clamp_max(1).square()[:, None]
         profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)    # (B, h + w, channels)
@@ -204,16 +196,16 @@ class LatentDynamics(nn.Module):
 
     The dynamics look first (as DRAW: Gregor et al. 2015), so that "the way ahead is free" is one
     rule for all places: `to_place` points at the place of what moves, `to_map` unfolds the static
-    part into a map, and the MLP sees the 3 x 3 places around.
+    part into a map of kinds of patches, and the MLP sees the 3 x 3 places around.
 
     The moving part becomes a new code: the MLP chooses, softly, one of `classes` in each of
     `groups`, and the latent is the sum of what a codebook holds for them (categorical latents:
     Hafner et al. 2021). Small errors of the input die out instead of adding up.
 
-    The static part stays, unless `change` says that another kind of patch than before stands at one
-    of the nine places: a key that is picked up is gone. Then that is written into the map, of which
-    the encoder makes a static part (`lay_out`). Where what stands at the place itself `ends` an
-    episode, nothing changes.
+    The static part stays, unless `change` says that another kind than before stands at one of the
+    nine places: a key that is picked up is gone. Then that is written into the map, of which the
+    encoder makes a static part (`lay_out`). Where the kind at the place itself `ends` an episode,
+    nothing changes.
     """
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
@@ -226,10 +218,8 @@ class LatentDynamics(nn.Module):
             nn.Linear(moving_dim, hidden_dim // 2), nn.SiLU(),
             nn.Linear(hidden_dim // 2, sum(grid)))
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
-        self.to_map.weight.data *= 5                                    # see tell
         self.action_embedding = nn.Embedding(num_actions, action_dim)
         self.register_buffer("kinds", torch.zeros(kinds, features))     # see choose_kinds
-        self.register_buffer("log_share", torch.zeros(kinds))
         self.register_buffer("ends", torch.zeros(kinds, dtype=torch.bool))  # see find_ends
         self.mlp = nn.Sequential(
             nn.Linear(moving_dim + action_dim + 9 * features, hidden_dim),
@@ -240,22 +230,21 @@ class LatentDynamics(nn.Module):
         self.change = nn.Sequential(
             nn.Linear(moving_dim + action_dim + 10 * features, hidden_dim // 2), nn.SiLU(),
             nn.Linear(hidden_dim // 2, 9 * features))
-        nn.init.zeros_(self.change[-1].weight)          # at first, nothing changes
-        nn.init.zeros_(self.change[-1].bias)
 
-    def choose_kinds(self, x, share):
+    def choose_kinds(self, x, share, still):
         """Picks, of patches' slow features (P, features), at most `kinds` that are far apart from
-        each other, by farthest-first traversal (Gonzalez 1985), so that a key in the light and in
-        the dark is one. A kind is then the average of the patches nearest to it; the log of their
-        share is kept too. share (P,): how often each occurs. Returns how many were picked."""
-        chosen, distance = [0], (x - x[0]).square().sum(1)
-        while len(chosen) < len(self.kinds) and distance.max() > 1:     # the variance of all
+        each other, by farthest-first traversal (Gonzalez 1985). A kind is then the average of the
+        patches nearest to it: a key in the light and in the dark. share (P,): how often each
+        occurs, still (P,): 1 for what stays, 0 for what moves. Returns how many were picked."""
+        chosen, distance = [still.argmax().item()], torch.full_like(still, math.inf)
+        while len(chosen) < len(self.kinds):
+            distance = distance.minimum(still * (x - x[chosen[-1]]).square().sum(1))
+            if distance.max() < 0.5:                                    # of the variance of all
+                break
             chosen.append(distance.argmax().item())
-            distance = distance.minimum((x - x[chosen[-1]]).square().sum(1))
         nearest = torch.cat([torch.cdist(some, x[chosen]).argmin(1) for some in x.split(4096)])
-        share = torch.zeros(len(chosen), len(x)).index_put_((nearest, torch.arange(len(x))), share)
-        self.log_share = share.sum(1).add_(1e-6).log_()
-        self.kinds = share @ x / share.sum(1, keepdim=True)
+        own = F.one_hot(nearest, len(chosen)).T * share                 # (kinds, P)
+        self.kinds = own @ x / own.sum(1, keepdim=True)
         self.ends = torch.zeros(len(chosen), dtype=torch.bool)
         return len(chosen)
 
@@ -264,90 +253,58 @@ class LatentDynamics(nn.Module):
         return [x * math.sqrt(2 * x.shape[-1]) for x in z.split(self.split, -1)]
 
     def tell(self, static):
-        """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where? With
-        Adam, weights five times as large, of what is a fifth, learn at a fifth of the rate: else
-        rare things, as doors at one place of many, are told less often."""
-        return self.assign(self.to_map(static / 5).unflatten(-1, (-1, math.prod(self.grid))))
+        """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where?"""
+        return self.assign(self.to_map(static).unflatten(-1, (-1, math.prod(self.grid))))
 
     def assign(self, x):
         """Slow features (..., features, N) -> log-probabilities of the kinds (..., kinds, N), by
-        minus twice the squared distance and the log of each kind's share."""
-        own = self.log_share - 2 * self.kinds.square().sum(1)
-        return (4 * self.kinds @ x + own[:, None]).log_softmax(-2)
+        minus twice the squared distance."""
+        return (4 * self.kinds @ x - 2 * self.kinds.square().sum(1, keepdim=True)).log_softmax(-2)
 
-    @torch.no_grad()
-    def draw_map(self, told):
-        """Log-probabilities of kinds (..., kinds, N) -> slow features (..., N, features), of one
-        kind exactly in eval mode. Half of `log_share` is subtracted, or rare kinds, as goals, are
-        missed. No gradient: `places` alone decides what the map shows."""
-        told = told - 0.5 * self.log_share[:, None]
-        return told.softmax(-2).mT @ self.kinds if self.training else self.kinds[told.argmax(-2)]
-
-    @torch.no_grad()
     def point(self, moving):
-        """(..., M) -> rows (..., 3, h) and columns (..., 3, w): the place of what moves, between
-        the one before and the one after. One place exactly in eval mode, the odds of each while
-        it learns. No gradient: `pointing` alone decides where to look."""
-        place = []
-        for x in self.to_place(moving).split(self.grid, -1):
-            x = x.softmax(-1) if self.training else F.one_hot(x.argmax(-1), x.shape[-1]).to(x.dtype)
-            place.append(torch.stack([F.pad(x, (i, -i)) for i in (-1, 0, 1)], -2))
-        return place
+        """(..., M) -> (..., 9) int64: the place of what moves and those around it, row by row (past
+        an edge, the opposite one). No gradient: `pointing` alone decides where to look."""
+        three = torch.arange(-1, 2, device=moving.device)
+        row, column = ((x.argmax(-1, keepdim=True) + three) % x.shape[-1]
+                       for x in self.to_place(moving).split(self.grid, -1))
+        return (row[..., None] * self.grid[1] + column[..., None, :]).flatten(-2)
 
-    def glimpse(self, place, maps):
-        """What `point` says, map (..., h, w, features) -> the 3 x 3 places (..., 9, features)."""
-        rows, columns = place
-        near = torch.einsum("...nh,...hwf->...nwf", rows, maps)         # (..., 3, w, features)
-        return torch.einsum("...mw,...nwf->...nmf", columns, near).flatten(-3, -2)
+    def step(self, moving, static, kind, action, lay_out):
+        """One action in a map that is given. Leading shapes broadcast.
 
-    def step(self, moving, seen, maps, action):
-        """(..., M), glimpse (..., 9, features) of maps (..., h, w, features), (...) -> next moving
-        part (..., M), unit norm, and what then stands at the 3 x 3 places (..., 9, features). For
-        that the map's sum counts too, since what is missing may be in hand. No gradient leads from
-        there to the encoder."""
-        action = self.action_embedding(action)
-        total = maps.sum((-3, -2)) / math.sqrt(math.prod(self.grid))    # (..., features)
+        moving (..., M), static (..., S), kind (..., h * w), action (...) -> after (..., M), unit
+        norm; static (..., S); over (..., 1): does all stay instead?; place (..., 9): see point;
+        around (..., 9, features): what then stands there. For that the map's sum counts too, since
+        what is missing may be in hand. No gradient leads from there to the encoder."""
+        place, action = self.point(moving), self.action_embedding(action)
+        total = F.embedding_bag(kind.view(-1, kind.shape[-1]), self.kinds, mode="sum").view(
+            *kind.shape[:-1], -1) / math.sqrt(kind.shape[-1])           # (..., features)
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
-        moving, action, total, seen = (x.expand(*shape, *x.shape[x.ndim - k:]) for x, k in (
-            (moving, 1), (action, 1), (total, 1), (seen, 2)))
+        moving, static, kind, place, action, total = (x.expand(*shape, -1) for x in (
+            moving, static, kind, place, action, total))
+        here = kind.gather(-1, place)                                   # (..., 9)
+        seen = self.kinds[here]
         known = torch.cat([moving, action, seen.flatten(-2)], -1)
         code = self.mlp(known).unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
+        after = F.normalize(self.codebook(code), dim=-1)
         change = self.change(torch.cat([known.detach(), total], -1))
-        return F.normalize(self.codebook(code), dim=-1), seen + change.unflatten(-1, (9, -1))
-
-    def nearest_kind(self, x):
-        """(..., features) -> (...) int64"""
-        return (2 * x @ self.kinds.T - self.kinds.square().sum(1)).argmax(-1)
-
-    def write(self, static, maps, place, seen, after, lay_out):
-        """-> static part (..., S), once the places around `place` show `after` and not `seen`."""
-        after, seen = self.nearest_kind(after), self.nearest_kind(seen)         # (..., 9)
-        change = self.kinds[after] - self.kinds[seen]                   # (..., 9, features)
-        some = change.any(-1).any(-1)                                   # (...)
-        static = static.expand(*some.shape, -1)
+        around = seen + change.unflatten(-1, (9, -1))
+        # What moves hides what it stands on: in imagination, nothing is written there.
+        hidden = place == self.point(after * math.sqrt(after.shape[-1]))[..., 4:5]
+        new = torch.where(hidden, here, self.assign(around.mT).argmax(-2))
+        some = (new != here).any(-1)                                    # (...)
         if some.any():
-            change, maps, *place = (
-                x.expand(*some.shape, *x.shape[x.ndim - k:])[some]
-                for x, k in zip((change, maps, *place), (2, 3, 2, 2)))
-            maps = maps + torch.einsum("anh,amw,anmf->ahwf", *place, change.unflatten(1, (3, 3)))
+            maps = self.kinds[kind[some].scatter(-1, place[some], new[some])]
             static = static.masked_scatter(some[..., None], lay_out(maps.flatten(1)))
-        return static
+        over = self.ends[here[..., 4:5]]
+        if self.local:  # what seems to be elsewhere was not understood
+            over = over | ~hidden.any(-1, keepdim=True)
+        return after, static, over, place, around
 
     def forward(self, z, action, lay_out):
         moving, static = self.parts(z)
-        maps = self.draw_map(self.tell(static)).unflatten(-2, self.grid)
-        place = self.point(moving)
-        seen = self.glimpse(place, maps)
-        after, around = self.step(moving, seen, maps, action)
-        # What moves hides what it stands on: in imagination, nothing is written there.
-        rows, columns = ((here * there[..., 1:2, :]).sum(-1) for here, there in zip(
-            place, self.point(after * math.sqrt(moving.shape[-1]))))    # (..., 3) each
-        hidden = (rows[..., :, None] * columns[..., None, :]).flatten(-2)       # (..., 9)
-        around = torch.where(hidden[..., None] > 0.5, seen, around)
-        written = self.write(static, maps, place, seen, around, lay_out)
-        over = self.ends[self.nearest_kind(seen[..., 4:5, :])]          # (..., 1)
-        if self.local and not self.training:  # what seems to be elsewhere was not understood
-            over = over | (hidden.sum(-1, keepdim=True) < 0.5)
+        kind = self.tell(static).argmax(-2)                             # (..., h * w)
+        after, written, over, *_ = self.step(moving, static, kind, action, lay_out)
         return join(torch.where(over, moving, after), torch.where(over, static, written))
 
 
@@ -356,7 +313,7 @@ class JEPAWorldModel(nn.Module):
     """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020):
     the prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
     encoder is an exponential moving average (EMA) of the online one and gets no gradient. In
-    training, the dynamics are shown the true map, and point softly.
+    training, the dynamics are shown the true map.
 
     Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
     """
@@ -376,9 +333,7 @@ class JEPAWorldModel(nn.Module):
                                        features, kinds)
         self.dynamics.local = self.objective != "byol"  # whose pointers are not taught
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        # For the planner, see validate in train_jepa.py: how much each part counts, and the cosine
-        # above which two latents are one state.
-        self.register_buffer("part_weights", torch.full((2,), 0.5))
+        # For the planner: the cosine above which two latents are one state, see train_jepa.py.
         self.register_buffer("same_state", torch.tensor(0.95))
 
     def start_from(self, patches, index):
@@ -396,7 +351,7 @@ class JEPAWorldModel(nn.Module):
         bool, weight (N,): see sample_steps."""
         looks = [self.encoder.look_slowly(part / 255) for part in patches.split(4096)]
         slow, mobility = map(torch.cat, zip(*looks))
-        kind = self.dynamics.nearest_kind(slow)
+        kind = self.dynamics.assign(slow.T).argmax(0)
         place = mobility[index[:, 1]].flatten(1).argmax(1, keepdim=True)    # (N, 1)
         under = kind[index[:, 0].flatten(1).gather(1, place)[:, 0]]         # what it hides now
         sign = torch.where(over, weight, -weight)
@@ -423,19 +378,10 @@ class JEPAWorldModel(nn.Module):
             latents.append(z)
         return torch.stack(latents, 1)
 
-    def weigh(self, z):
-        """(..., latent_dim) -> the same, unit norm, each part weighted by part_weights: what the
-        planner compares."""
-        parts = zip(z.tensor_split([self.moving_dim], -1), self.part_weights.sqrt())
-        return torch.cat([F.normalize(part, dim=-1) * weight for part, weight in parts], -1)
-
     def forward(self, obs, next_obs, actions):
-        """(B, 3, H, W) twice, (B,) -> loss, z_pred (B, latent_dim), z_target (B, latent_dim): one
-        step, to look at. For what is trained see compute_losses.
-
-        The loss is the mean squared error of the two L2-normalised latents over batch and dims.
-        It cannot exceed 4 / latent_dim, and a collapsed model brings it to 0: never read it alone.
-        """
+        """(B, 3, H, W) twice, (B,) -> loss, z_pred, z_target (B, latent_dim): the tutorial's step,
+        to look at (see Losses for what is trained). The loss, the mean squared error of the two
+        unit-norm latents, is at most 4 / latent_dim, and 0 for a collapsed model too."""
         z_pred = self.predict_next(self.encode(obs), actions)
         z_target = self.encode_target(next_obs)
         return F.mse_loss(z_pred, z_target), z_pred, z_target
@@ -478,17 +424,6 @@ MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, Reconstructio
 
 
 # ---------------------------------------- 4. The objective: L = prediction + places + 0.01 pointing
-class Losses(nn.Module):
-    """compute_losses of a model, as a module: what DistributedDataParallel wraps."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch):
-        return compute_losses(self.model, batch)
-
-
 def encode_shared(encoder, patches, index, looks):
     """from_patches, each process encoding its share of the batch. Gradients flow through, so that
     every process has the losses and gradients of the whole batch."""
@@ -498,41 +433,49 @@ def encode_shared(encoder, patches, index, looks):
     return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, looks)))
 
 
-def compute_losses(model, batch):
-    """A batch of transitions, see TransitionBatches -> {term: scalar}, and the prediction errors
-    (B,) without gradient: squared distances of unit-norm latents, 0 to 4, which is latent_dim times
-    the mean squared error that is logged (of reconstruction, that of pixels is logged). "places"
-    has two halves: what stands where, and what one action makes of it."""
-    dynamics, patches, index = model.dynamics, batch["patches"] / 255, batch["index"]
-    slow, mobility = looks = model.encoder.look_slowly(patches)     # (P, features), (P,)
-    z = encode_shared(model.encoder, patches, index[:, 0], looks)
-    with torch.set_grad_enabled(model.objective == "reconstruction"):
-        target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
-    moving, static = dynamics.parts(z)                                  # (B, M), (B, S)
-    true = dynamics.assign(slow.T)                                      # (kinds, P)
-    maps = F.embedding(index, dynamics.draw_map(true))                  # (B, 2, h, w, features)
-    place = dynamics.point(moving)
-    seen, then = (dynamics.glimpse(place, some) for some in maps.unbind(1))
-    after, around = dynamics.step(moving, seen, maps[:, 0], batch["actions"])
-    predicted = join(after, dynamics.write(
-        static, maps[:, 0], place, seen, around, model.encoder.lay_out))
-    if model.objective == "reconstruction":
-        static = static.detach()                            # pixels alone shape it
-        before, after = join_tiles(patches, index).unbind(1)
-        decoded, error = ((model.decode(x) - y).square().mean((1, 2, 3)) for x, y in (
-            (torch.cat([z, target]), torch.cat([before, after])), (predicted, after)))
-        prediction = weigh_by_error(decoded) + weigh_by_error(error)
-        error = error * z.shape[-1]
-    else:
-        error = (predicted - target).square().sum(-1)                   # (B,)
-        if model.objective == "byol":
-            return {"prediction": error.mean()}, error.detach()
-        prediction = weigh_by_error(error)
-    changes = weigh_by_error((around - then).square().sum((-1, -2)))
-    told = places(dynamics.tell(static), true, index[:, 0])
-    both = torch.cat([moving, dynamics.parts(target)[0]])   # as nothing starts where episodes end
-    pointed = pointing(dynamics, both, mobility[torch.cat(index.unbind(1))])
-    return {"prediction": prediction, "places": told + changes, "pointing": pointed}, error.detach()
+class Losses(nn.Module):
+    """The objective of a model, as a module: what DistributedDataParallel wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        """A batch, see TransitionBatches -> {term: scalar}, and the prediction errors (B,) without
+        gradient: squared distances of unit-norm latents, 0 to 4, which is latent_dim times what is
+        logged (for reconstruction, of pixels). "places" has two halves: what stands where, and what
+        one action makes of it."""
+        model, patches, index = self.model, batch["patches"] / 255, batch["index"]
+        dynamics, encoder = model.dynamics, model.encoder
+        slow, mobility = looks = encoder.look_slowly(patches)           # (P, features), (P,)
+        z = encode_shared(encoder, patches, index[:, 0], looks)
+        with torch.set_grad_enabled(model.objective == "reconstruction"):
+            target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
+        moving, static = dynamics.parts(z)                              # (B, M), (B, S)
+        true = dynamics.assign(slow.T)                                  # (kinds, P)
+        kind, then = true.argmax(0)[index.flatten(2)].unbind(1)        # (B, h * w) each
+        after, written, _, place, around = dynamics.step(
+            moving, static, kind, batch["actions"], encoder.lay_out)
+        predicted = join(after, written)
+        if model.objective == "reconstruction":
+            static = static.detach()                            # pixels alone shape it
+            before, after = join_tiles(patches, index).unbind(1)
+            decoded, error = ((model.decode(x) - y).square().mean((1, 2, 3)) for x, y in (
+                (torch.cat([z, target]), torch.cat([before, after])), (predicted, after)))
+            prediction = weigh_by_error(decoded) + weigh_by_error(error)
+            error = error * z.shape[-1]
+        else:
+            error = (predicted - target).square().sum(-1)               # (B,)
+            if model.objective == "byol":
+                return {"prediction": error.mean()}, error.detach()
+            prediction = weigh_by_error(error)
+        then = dynamics.kinds[then.gather(-1, place)]                   # (B, 9, features)
+        changes = weigh_by_error((around - then).square().sum((-1, -2)))
+        told = places(dynamics.tell(static), true, index[:, 0])
+        both = torch.cat([moving, dynamics.parts(target)[0]])  # nothing starts where episodes end
+        pointed = pointing(dynamics, both, mobility[torch.cat(index.unbind(1))])
+        terms = {"prediction": prediction, "places": told + changes, "pointing": pointed}
+        return terms, error.detach()
 
 
 def weigh_by_error(error):

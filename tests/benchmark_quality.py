@@ -56,7 +56,7 @@ from minigrid_dataset import (  # noqa: E402
 from world_model_jepa import (  # noqa: E402
     MODELS,
     JEPAWorldModel,
-    compute_losses,
+    Losses,
     pick_device,
 )
 
@@ -142,11 +142,7 @@ class PlainModel(JEPAWorldModel):
         self.encoder = self.target_encoder = PlainEncoder(in_channels, latent_dim, image_size)
         self.dynamics = PlainDynamics(latent_dim, num_actions)
         self.inverse = mlp(2 * latent_dim, 256, 256, num_actions)
-        self.register_buffer("part_weights", torch.full((2,), 0.5))
         self.register_buffer("same_state", torch.tensor(0.95))
-
-    def weigh(self, z):
-        return F.normalize(z, dim=-1)
 
     def start_from(self, patches, index):
         """Nothing to do: usual filters."""
@@ -326,7 +322,7 @@ class Windows(TransitionBatches):
 def our_loss(model, batch):
     """-> the loss of a batch as train_jepa.py has it."""
     return sum(getattr(train_jepa, f"{name.upper()}_WEIGHT", 1) * term
-               for name, term in compute_losses(model, batch)[0].items())
+               for name, term in Losses(model)(batch)[0].items())
 
 
 def peer_loss(added, weight, model, batch):

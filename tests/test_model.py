@@ -23,8 +23,8 @@ from world_model_jepa import (
     ConvEncoder,
     JEPAWorldModel,
     LatentDynamics,
+    Losses,
     ReconstructionWorldModel,
-    compute_losses,
     cut,
     effective_rank,
     hits_at_1,
@@ -49,7 +49,7 @@ def images(count, seed=0):
 
 
 def batch(B=12, seed=0):
-    """What compute_losses takes."""
+    """What Losses take."""
     patches, index, _ = images(2 * B, seed)
     return {"patches": (255 * patches).byte(), "actions": torch.randint(7, (B,)),
             "index": index.unflatten(0, (B, 2))}
@@ -98,23 +98,6 @@ def test_the_static_part_holds_sums_over_all_places():
     sums = encoder.lay_out(shown.flatten(1))[:, -8:]
     torch.testing.assert_close(sums, (shown - encoder.usual).sum(1) / 8)
     torch.testing.assert_close(sums, encoder.lay_out(shown.roll(3, 1).flatten(1))[:, -8:])
-
-
-def test_a_map_shows_one_kind_a_place_when_it_is_not_training(model):
-    model.dynamics.kinds.normal_()
-    told = torch.randn(2, 32, 64).log_softmax(1)
-    shown = model.dynamics.draw_map(told)
-    assert torch.equal(shown, model.dynamics.kinds[told.argmax(1)])
-    assert (model.train().dynamics.draw_map(told) - shown).abs().max() > 0.1
-
-
-def test_the_planner_compares_the_parts_by_their_weights(model):
-    model.part_weights.copy_(torch.tensor([0.2, 0.8]))
-    z, other = torch.randn(2, 9, 128)
-    moving, static = (F.cosine_similarity(z[:, part], other[:, part])
-                      for part in (slice(48), slice(48, None)))
-    torch.testing.assert_close((model.weigh(z) * model.weigh(other)).sum(1),
-                               0.2 * moving + 0.8 * static)
 
 
 @pytest.mark.parametrize("lines_shape", [(5, 8, 8), (3, 2, 7), (1, 1, 1)])
@@ -179,106 +162,92 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
     with torch.no_grad():
         point_at(dynamics, row, column)
         dynamics.kinds.normal_()
-        maps = dynamics.draw_map(dynamics.tell(torch.randn(2, 1, 80))).unflatten(-2, (8, 8))
-        seen = dynamics.glimpse(dynamics.point(torch.randn(2, 3, 48)), maps)
-        trained = dynamics.eval().glimpse(dynamics.point(torch.randn(2, 3, 48)), maps)
-    torch.testing.assert_close(seen, trained)  # as the odds are 1 here
-    around = F.pad(maps[:, 0], (0, 0, 1, 1, 1, 1))                  # 0 past the border
-    around = around[:, row:row + 3, column:column + 3].flatten(1, 2)
-    # In whatever order, the same nine places.
-    assert torch.cdist(around[:, None].expand(2, 3, 9, -1), seen).amin(-1).max() < 1e-4
-    torch.testing.assert_close(seen[:, :, 4], around[:, None, 4].expand(2, 3, -1))  # the place
+        kind = torch.randint(32, (2, 8, 8))
+        place = dynamics.point(torch.randn(2, 48))
+        seen = dynamics.kinds[kind.flatten(1).gather(1, place)]
+    around = dynamics.kinds[kind].roll((1 - row, 1 - column), (1, 2))   # past an edge, the opposite
+    around = around[:, :3, :3].flatten(1, 2)
+    torch.testing.assert_close(seen, around)
+
+
+def told_map(dynamics, kind):
+    """The dynamics take `kind` (B, h, w) for what the static parts tell, of three kinds."""
+    dynamics.kinds = torch.eye(8)[:3]
+    dynamics.ends = torch.zeros(3, dtype=torch.bool)
+    dynamics.tell = lambda static: F.one_hot(kind.flatten(1), 3).mT
 
 
 def test_where_an_episode_is_over_nothing_changes_any_more():
     torch.manual_seed(0)
     model, z = JEPAWorldModel(), join(torch.randn(3, 48), torch.randn(3, 80))
-    model.dynamics.nearest_kind = lambda seen: torch.tensor([2, 1, 0])[:, None].expand(
-        seen.shape[:-1])
+    told_map(model.dynamics, torch.arange(3)[:, None, None].expand(3, 8, 8))
+    model.dynamics.local = False
     model.dynamics.ends[2] = True
     after = model.predict_next(z, torch.arange(3))
-    torch.testing.assert_close(after[0], z[0])
-    assert F.cosine_similarity(after, z)[1:].max() < 0.9
+    torch.testing.assert_close(after[2], z[2])
+    assert F.cosine_similarity(after, z)[:2].max() < 0.9
 
 
 @pytest.mark.parametrize("far, stays", [(0, False), (1, False), (2, True), (-2, True)])
 def test_a_step_that_seems_to_lead_past_the_nine_places_is_not_taken(far, stays):
     torch.manual_seed(0)
     model, z = JEPAWorldModel().eval(), join(torch.randn(3, 48), torch.randn(3, 80))
-    places = iter([4, 4 + far])
-
-    def point(moving):
-        column, row = (F.one_hot(torch.tensor(at), 8).float() for at in (3, next(places)))
-        return [torch.stack([F.pad(x, (i, -i)) for i in (-1, 0, 1)]).expand(len(z), 3, 8)
-                for x in (row, column)]
-
-    model.dynamics.point = point
+    near = torch.tensor([0, 1, 2, 8, 9, 10, 16, 17, 18])
+    places = iter([27 + near, 27 + 8 * far + near])
+    model.dynamics.point = lambda moving: next(places).expand(3, 9)
     after = model.predict_next(z, torch.arange(3))
     assert torch.allclose(after, z, atol=1e-5) == stays
 
 
 def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
-    """As if the encoder had seen it; other states of the batch, and the moving part, stay."""
+    """As if the encoder had seen it; other states and actions, and what moves, are as before. Where
+    what moves will stand, it hides what it stands on: a goal that is entered stays on the map."""
     torch.manual_seed(0)
-    model, kinds = JEPAWorldModel().eval(), torch.eye(8)[:3]
-    dynamics, dynamics.kinds = model.dynamics, kinds
-    kind = torch.randint(3, (2, 1, 8, 8))
-    maps = kinds[kind]                                              # (2, 1, h, w, features)
-    static = model.encoder.lay_out(maps.flatten(1))[:, None]
+    model, kind = JEPAWorldModel().eval(), torch.randint(3, (2, 8, 8))
+    dynamics, lay_out = model.dynamics, model.encoder.lay_out
+    told_map(dynamics, kind)
     with torch.no_grad():
-        point_at(dynamics, 5, 0)
-    place = dynamics.point(torch.randn(2, 1, 48))
-    seen = dynamics.glimpse(place, maps)
-    after = seen.repeat(1, 3, 1, 1) + 0.1 * torch.randn(2, 3, 9, 8)     # for three actions
-    after[0, 1, 7] = kinds[(kind[0, 0, 6, 0] + 1) % 3]                  # in the row below
-    written = dynamics.write(static, maps, place, seen, after, model.encoder.lay_out)
-    kind[0, 0, 6, 0] += 1
-    seen_so = model.encoder.lay_out(kinds[kind[0] % 3].flatten(1, 2).flatten(1))
-    torch.testing.assert_close(written[0, 1], seen_so[0])
-    assert (written[0, 1] - static[0, 0]).abs().max() > 0.01
-    expected = static.repeat(1, 3, 1)
-    expected[0, 1] = seen_so[0]
+        point_at(dynamics, 5, 0)                    # after each action too
+        dynamics.action_embedding.weight.zero_()
+        dynamics.action_embedding.weight[1, 0] = 50.0
+        for layer in (dynamics.change[0], dynamics.change[2]):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        dynamics.change[0].weight[0, 48] = 1        # action 1 alone
+        dynamics.change[2].weight.view(9, 8, -1)[[4, 7], :3, 0] = torch.tensor([-1.0, 1, -1])
+    kind[0, 5:7, 0] = 0
+    kind[1, 5:7, 0] = 1                             # what it would become stands there already
+    static = lay_out(dynamics.kinds[kind].flatten(1))
+    moving = torch.randn(2, 1, 48)
+    after, written, _, place, around = dynamics.step(
+        moving, static[:, None], kind.flatten(1)[:, None], torch.arange(3), lay_out)
+    alone = dynamics.step(moving[0, 0], static[0], kind.flatten(1)[0], torch.arange(3),
+                          lay_out)[0]               # of one state
+    torch.testing.assert_close(alone, after[0])
+    assert dynamics.assign(around.mT).argmax(-2)[0, :, [4, 7]].tolist() == [[0, 0], [1, 1], [0, 0]]
+    expected = static[:, None].repeat(1, 3, 1)
+    kind[0, 6, 0] = 1                               # in the row below, and not at the place itself
+    expected[0, 1] = lay_out(dynamics.kinds[kind[:1]].flatten(1))[0]
     torch.testing.assert_close(written, expected)
-    alone = dynamics.write(static[0, 0], maps[0, 0], [x[0, 0] for x in place], seen[0, 0],
-                           after[0], model.encoder.lay_out)             # of one state
-    torch.testing.assert_close(alone, expected[0])
+    assert (written[0, 1] - static[0]).abs().max() > 0.01
 
 
 def test_what_the_map_lacks_far_away_counts_for_what_an_action_changes():
     """A key that is in hand shows in no glimpse."""
     torch.manual_seed(0)
-    dynamics = JEPAWorldModel().dynamics
+    model, kind = JEPAWorldModel(), torch.zeros(1, 8, 8, dtype=torch.long)
+    dynamics = model.dynamics
+    told_map(dynamics, kind)
     torch.nn.init.normal_(dynamics.change[-1].weight)
-    moving, seen, maps = torch.randn(1, 48), torch.randn(1, 9, 8), torch.randn(1, 8, 8, 8)
-    without = maps.clone()
-    without[0, 7, 7] = 0
-    (after, around), (other_after, other_around) = (
-        dynamics.step(moving, seen, some, torch.tensor([4])) for some in (maps, without))
+    with torch.no_grad():
+        point_at(dynamics, 2, 2)
+    moving, without = torch.randn(1, 48), kind.clone()
+    without[0, 7, 7] = 1
+    (after, *_, around), (other_after, *_, other_around) = (dynamics.step(
+        moving, torch.randn(1, 80), some.flatten(1), torch.tensor([4]), model.encoder.lay_out)
+        for some in (kind, without))
     torch.testing.assert_close(after, other_after)
     assert (around - other_around).abs().max() > 0.01
-
-
-def test_nothing_is_written_where_what_moves_will_stand():
-    """It hides what it stands on: a goal that the agent enters stays on the map."""
-    torch.manual_seed(0)
-    model, kinds, kind = JEPAWorldModel().eval(), torch.eye(8)[:3], torch.randint(3, (1, 64))
-    dynamics, dynamics.kinds, dynamics.log_share = model.dynamics, kinds, torch.zeros(3)
-    dynamics.tell = lambda static: (99 * F.one_hot(kind, 3).float()).log_softmax(-1).mT
-    with torch.no_grad():
-        point_at(dynamics, 5, 3)
-    other = lambda n: kinds[(kind[0, n] + 1) % 3]  # noqa: E731
-    after = F.normalize(torch.randn(1, 48), dim=-1)
-
-    def step(moving, seen, maps, action):
-        around = seen.clone()
-        around[0, 4], around[0, 7] = other(5 * 8 + 3), other(6 * 8 + 3)
-        return after, around
-
-    dynamics.step = step
-    found = model.predict_next(join(torch.randn(1, 48), torch.randn(1, 80)), torch.tensor([0]))
-    kind[0, 6 * 8 + 3] += 1
-    static = model.encoder.lay_out(kinds[kind % 3].flatten(1))
-    torch.testing.assert_close(found, join(after, static))
 
 
 # --------------------------------------------------------------------------- how an encoder begins
@@ -390,15 +359,14 @@ def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
     torch.manual_seed(0)
     model, some = MODELS[objective](), batch()
     model.start_from(some["patches"], some["index"])
-    model.dynamics.kinds, model.dynamics.log_share = torch.randn(4, 8), torch.zeros(4)
-    terms, errors = compute_losses(model, some)
+    model.dynamics.kinds = model.encoder.look_slowly(some["patches"] / 255)[0][:4]
+    model.dynamics.ends = torch.zeros(4, dtype=torch.bool)
+    terms, errors = Losses(model)(some)
     sum(terms.values()).backward()
     assert errors.shape == (12,) and not errors.requires_grad
     assert all(p.grad is None for p in model.target_encoder.parameters())
     assert model.encoder.fixed.weight.grad is None
-    without = ["change.0"]  # as the layer behind it begins at 0
-    if objective != "jepa":
-        without += ["to_map", "to_place", "change.2"]
+    without = () if objective == "jepa" else ("to_map", "to_place", "change")
     for name, p in model.named_parameters():
         if p.requires_grad and not any(layer in name for layer in without):
             assert p.grad is not None and p.grad.any(), name
@@ -411,15 +379,14 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
                         lambda error: seen.append(error) or weigh_by_error(error))
     some = batch()
     patches, index = some["patches"] / 255, some["index"]
-    terms, errors = compute_losses(model, some)
+    terms, errors = Losses(model)(some)
     assert seen[0].shape == (12,)                                   # the others are other terms'
     torch.testing.assert_close(errors, seen[0].detach())
-    shown = model.dynamics.draw_map(model.dynamics.assign(model.encoder.look_slowly(patches)[0].T))
+    kind = model.dynamics.assign(model.encoder.look_slowly(patches)[0].T).argmax(0)
     obs, after = join_tiles(patches, index).unbind(1)
     moving, static = model.dynamics.parts(model.encode(obs))
-    maps = shown[index[:, 0]]                                           # (B, h, w, features)
-    seen = model.dynamics.glimpse(model.dynamics.point(moving), maps)
-    moved = model.dynamics.step(moving, seen, maps, some["actions"])[0]
+    moved = model.dynamics.step(moving, static, kind[index[:, 0].flatten(1)],
+                                some["actions"], model.encoder.lay_out)[0]
     by_hand = (join(moved, static) - model.encode_target(after)).square().sum(1)
     torch.testing.assert_close(errors, by_hand.detach(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(terms["prediction"], weigh_by_error(errors))
@@ -428,7 +395,7 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
 def test_pointing_teaches_the_moving_part_and_not_the_static_one():
     torch.manual_seed(0)
     model = JEPAWorldModel()
-    compute_losses(model, batch())[0]["pointing"].backward()
+    Losses(model)(batch())[0]["pointing"].backward()
     assert model.encoder.moving.weight.grad.any() and not model.encoder.static.weight.grad.any()
 
 
@@ -437,7 +404,7 @@ def test_pointing_teaches_frames_that_episodes_end_with(monkeypatch):
     torch.manual_seed(0)
     (model, some), seen = (JEPAWorldModel(), batch()), []
     monkeypatch.setattr(world_model_jepa, "pointing", lambda _, *of: seen.extend(of) or 0)
-    compute_losses(model, some)
+    Losses(model)(some)
     patches = some["patches"] / 255
     mobility = model.encoder.look_slowly(patches)[1][some["index"]]     # (B, 2, h, w)
     latents = model.encode_target(join_tiles(patches, some["index"]).flatten(0, 1))
@@ -471,12 +438,12 @@ def test_a_kind_ends_episodes_where_they_mostly_end_once_what_moves_hides_it():
 def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
     torch.manual_seed(0)
     model, some = JEPAWorldModel().eval(), batch()
-    model.dynamics.kinds, model.dynamics.log_share = torch.randn(4, 8), torch.zeros(4)
+    model.dynamics.kinds = torch.randn(4, 8)
     torch.nn.init.normal_(model.dynamics.change[-1].weight)         # so that much is written
 
     def learn():
         model.zero_grad()
-        terms, errors = compute_losses(model, some)
+        terms, errors = Losses(model)(some)
         sum(terms.values()).backward()
         return [errors, *terms.values()], [p.grad for p in model.encoder.parameters()
                                            if p.requires_grad]
@@ -528,14 +495,14 @@ def test_places_are_told_by_kinds_that_are_far_apart_however_many_patches_there_
     dynamics, rare = LatentDynamics(kinds=4), torch.zeros(50_000, 8)
     rare[7, 0], rare[9, 1], began = 2, 3, time.process_time()
     x = rare + 1e-3 * torch.rand(50_000, 8)
-    assert dynamics.choose_kinds(x, torch.full((50_000,), 1 / 50_000)) == 3
+    rare[11, 2] = 5                                                     # but it moves
+    still = torch.ones(50_000)
+    still[11] = 0
+    assert dynamics.choose_kinds(x, torch.full((50_000,), 1 / 50_000), still) == 3
     assert time.process_time() - began < 1
     # Averages; a fourth would say the same.
     torch.testing.assert_close(dynamics.kinds, x[[0, 9, 7]], rtol=0, atol=1e-3)
-    assert dynamics.log_share.exp()[0] > 0.99 and dynamics.log_share.exp()[1:].max() < 1e-4
-    told = dynamics.assign(x[[0, 7, 9]].T)
-    assert told.argmax(0).tolist() == [0, 0, 1]                     # 2 is near, and rare
-    torch.testing.assert_close(dynamics.draw_map(told), x[[0, 7, 9]], atol=0.2, rtol=0)
+    assert dynamics.assign(x[[0, 7, 9]].T).argmax(0).tolist() == [0, 2, 1]
 
 
 # ---------------------------------------------------------------------------------------- measures

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections import deque
-from functools import partial
 
 import numpy as np
 import pytest
@@ -42,7 +41,6 @@ class ExactModel(torch.nn.Module):
                       if c == "." for d in range(4)]
         self.index = {pose: i for i, pose in enumerate(self.poses)}
         self.moving_dim = len(self.poses)  # no static part
-        self.weigh = partial(torch.nn.functional.normalize, dim=-1)
 
     def image(self, pose):
         image = torch.zeros(3, len(self.maze), len(self.maze))

@@ -5,10 +5,7 @@
 Reads the data file of collect_minigrid_data.py (and collects it first where it is missing).
 Writes <OBJECTIVE>_world_model.pt and loss.png beside this script.
 Run again after an interruption, it goes on from the last epoch that was saved.
-
-    torchrun --nproc-per-node=2 train_jepa.py
-
-shares the encoding of each batch among processes.
+With torchrun --nproc-per-node=2, processes share the encoding of each batch.
 """
 
 import math

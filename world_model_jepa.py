@@ -100,8 +100,7 @@ class ConvEncoder(nn.Module):
       each wall and gap, and their sums over all places: what is there, wherever it is. Their
       convolution stays as it began (as the patch projection of MoCo v3: Chen et al. 2021).
 
-    Raises ValueError: the image size is no multiple of the patch size, the static part too small.
-    """
+    Raises ValueError where the sizes do not fit."""
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
                  channels=24, features=8, moving_dim=48, filters=64):
@@ -132,8 +131,7 @@ class ConvEncoder(nn.Module):
         filters of whitened patches (Coates, Ng & Lee 2011), to which all patches are about equally
         far apart: a closed door in the dark differs from floor by a tenth of the range.
 
-        patches (P, C, p, p) uint8, index (N, 2, h, w): see sample_patches -> what choose_kinds
-        takes."""
+        patches, index: see sample_patches. Returns what choose_kinds takes."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
@@ -401,18 +399,17 @@ class BYOLWorldModel(JEPAWorldModel):
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
-    """The same encoder and dynamics, but pixels are predicted in place of latents, by the mirror
-    image of the patch convolution. There is no EMA: the online encoder is its own target."""
+    """The same encoder, dynamics and other terms, but pixels are predicted in place of latents, by
+    a transposed patch convolution. There is no EMA: the online encoder is its own target."""
 
     objective = "reconstruction"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.target_encoder = self.encoder
-        a, grid = self.arguments, self.dynamics.grid
-        self.to_patches = nn.Linear(self.latent_dim, 2 * a["channels"] * math.prod(grid))
-        self.to_pixels = nn.ConvTranspose2d(2 * a["channels"], a["in_channels"], a["patch_size"],
-                                            stride=a["patch_size"])
+        channels, p = 2 * self.arguments["features"], self.arguments["patch_size"]
+        self.to_patches = nn.Linear(self.latent_dim, channels * math.prod(self.dynamics.grid))
+        self.to_pixels = nn.ConvTranspose2d(channels, self.arguments["in_channels"], p, stride=p)
 
     def decode(self, z):
         """(B, latent_dim) -> (B, in_channels, H, W), about in [0, 1]."""
@@ -458,7 +455,6 @@ class Losses(nn.Module):
             moving, static, kind, batch["actions"], encoder.lay_out)
         predicted = join(after, written)
         if model.objective == "reconstruction":
-            static = static.detach()                            # pixels alone shape it
             before, after = join_tiles(patches, index).unbind(1)
             decoded, error = ((model.decode(x) - y).square().mean((1, 2, 3)) for x, y in (
                 (torch.cat([z, target]), torch.cat([before, after])), (predicted, after)))
@@ -491,8 +487,7 @@ def places(told, true, index):
     assignment to prototypes (as in SwAV: Caron et al. 2020).
 
     told (B, kinds, h * w): what `tell` says, true (kinds, P): log-probabilities of the patches,
-    index (B, h, w) -> mean of log(1 + KL divergence, summed over places).
-    """
+    index (B, h, w) -> mean of log(1 + KL divergence, summed over places)."""
     share, index = true.exp(), index.flatten(1)                         # (B, h * w)
     least = (share * true).sum(0)[index]                                # minus the entropy
     divergence = least - (F.embedding(index, share.mT.contiguous()) * told.mT).sum(-1)
@@ -503,8 +498,7 @@ def pointing(dynamics, moving, mobility):
     """Teaches the dynamics where to look, and the encoder a little: what moves is where a frame's
     patches hold most of what comes and goes.
 
-    moving (N, M), mobility (N, h, w) -> cross-entropies of row and column, weighted by error.
-    """
+    moving (N, M), mobility (N, h, w) -> cross-entropies of row and column, weighted by error."""
     place = mobility.flatten(-2).argmax(-1)                             # (N,)
     width = mobility.shape[-1]
     told = dynamics.to_place(moving).split(dynamics.grid, -1)

@@ -275,8 +275,9 @@ class LatentDynamics(nn.Module):
         around (..., 9, features): what then stands there. For that the map's sum counts too, since
         what is missing may be in hand. No gradient leads from there to the encoder."""
         place, action = self.point(moving), self.action_embedding(action)
-        total = F.embedding_bag(kind.view(-1, kind.shape[-1]), self.kinds, mode="sum").view(
-            *kind.shape[:-1], -1) / math.sqrt(kind.shape[-1])           # (..., features)
+        maps = kind.view(math.prod(kind.shape[:-1]), kind.shape[-1])
+        total = F.embedding_bag(maps, self.kinds, mode="sum") / math.sqrt(kind.shape[-1])
+        total = total.view(*kind.shape[:-1], total.shape[-1])           # (..., features)
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
         moving, static, kind, place, action, total = (x.expand(*shape, -1) for x in (
             moving, static, kind, place, action, total))

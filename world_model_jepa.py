@@ -152,7 +152,8 @@ class ConvEncoder(nn.Module):
         moves = index.flatten(-2).gather(-1, place[..., None]).flatten().bincount(minlength=len(x))
         x = x @ self.slow
         self.usual = F.embedding(index[:, 0].flatten(1), x).mean(0)
-        known = share * index.numel() - moves > 1e-3 * moves.sum()      # not rare
+        known = share * index.numel() - moves > 1e-3 * moves.sum()      # not rare,
+        known |= share[known].sum() < 0.5                               # unless all patches are
         return x, share, (1 - mobility / self.mobile).clamp_min(0) * known
 
     def look(self, convolution, patches):
@@ -233,7 +234,7 @@ class LatentDynamics(nn.Module):
         """Picks, of patches' slow features (P, features), at most `kinds` that are far apart from
         each other, by farthest-first traversal (Gonzalez 1985). A kind is then the average of the
         patches nearest to it: a key in the light and in the dark. share (P,): how often each
-        occurs, still (P,): 1 for what stays, 0 for what moves. Returns how many were picked."""
+        occurs, still (P,): 0 for what moves or is rare, else up to 1. Returns how many."""
         chosen, distance = [still.argmax().item()], torch.full_like(still, math.inf)
         while len(chosen) < len(self.kinds):
             distance = distance.minimum(still * (x - x[chosen[-1]]).square().sum(1))
@@ -268,14 +269,14 @@ class LatentDynamics(nn.Module):
         return (row[..., None] * self.grid[1] + column[..., None, :]).flatten(-2)
 
     def step(self, moving, static, kind, action, lay_out):
-        """One action in a map that is given. Leading shapes broadcast.
+        """One action in a map that is given. Leading shapes broadcast with those of actions.
 
         moving (..., M), static (..., S), kind (..., h * w), action (...) -> after (..., M), unit
         norm; static (..., S); over (..., 1): does all stay instead?; place (..., 9): see point;
         around (..., 9, features): what then stands there. For that the map's sum counts too, since
         what is missing may be in hand. No gradient leads from there to the encoder."""
         place, action = self.point(moving), self.action_embedding(action)
-        maps = kind.view(math.prod(kind.shape[:-1]), kind.shape[-1])
+        maps = kind.reshape(math.prod(kind.shape[:-1]), kind.shape[-1])
         total = F.embedding_bag(maps, self.kinds, mode="sum") / math.sqrt(kind.shape[-1])
         total = total.view(*kind.shape[:-1], total.shape[-1])           # (..., features)
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
@@ -291,6 +292,8 @@ class LatentDynamics(nn.Module):
         # What moves hides what it stands on: in imagination, nothing is written there.
         hidden = place == self.point(after * math.sqrt(after.shape[-1]))[..., 4:5]
         new = torch.where(hidden, here, self.assign(around.mT).argmax(-2))
+        first = (place[..., None] == place[..., None, :]).byte().argmax(-1)     # where h or w is 2
+        new = new.gather(-1, first)
         some = (new != here).any(-1)                                    # (...)
         if some.any():
             maps = self.kinds[kind[some].scatter(-1, place[some], new[some])]

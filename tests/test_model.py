@@ -218,18 +218,41 @@ def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
     kind[0, 5:7, 0] = 0
     kind[1, 5:7, 0] = 1                             # what it would become stands there already
     static = lay_out(dynamics.kinds[kind].flatten(1))
-    moving = torch.randn(2, 1, 48)
+    moving = F.normalize(torch.randn(2, 1, 48), dim=-1) * 48**0.5
     after, written, _, place, around = dynamics.step(
         moving, static[:, None], kind.flatten(1)[:, None], torch.arange(3), lay_out)
     alone = dynamics.step(moving[0, 0], static[0], kind.flatten(1)[0], torch.arange(3),
-                          lay_out)[0]               # of one state
-    torch.testing.assert_close(alone, after[0])
+                          lay_out)                  # of one state
+    for found, of in zip(alone, (after, written)):
+        torch.testing.assert_close(found, of[0])
+    model.dynamics.local = False
+    told_map(dynamics, kind.clone())
+    imagined = model.predict_next(join(moving[:, 0], static), torch.ones(2, dtype=torch.long))
+    torch.testing.assert_close(imagined, join(after[:, 1], written[:, 1]))
     assert dynamics.assign(around.mT).argmax(-2)[0, :, [4, 7]].tolist() == [[0, 0], [1, 1], [0, 0]]
     expected = static[:, None].repeat(1, 3, 1)
     kind[0, 6, 0] = 1                               # in the row below, and not at the place itself
     expected[0, 1] = lay_out(dynamics.kinds[kind[:1]].flatten(1))[0]
     torch.testing.assert_close(written, expected)
     assert (written[0, 1] - static[0]).abs().max() > 0.01
+
+
+def test_places_that_are_neighbours_twice_are_written_alike():
+    """In a grid of one row, all three rows around a place are that row."""
+    torch.manual_seed(0)
+    model, kind = JEPAWorldModel(image_size=(8, 64)).eval(), torch.zeros(1, 1, 8, dtype=torch.long)
+    dynamics = model.dynamics
+    told_map(dynamics, kind)
+    with torch.no_grad():
+        dynamics.to_place[-1].weight.zero_()
+        dynamics.to_place[-1].bias.copy_(torch.arange(9) == 4)  # column 3
+        dynamics.change[2].weight.zero_()
+        dynamics.change[2].bias.view(9, 8)[2, :2] = torch.tensor([-1.0, 1])     # column 4, once
+    _, written, *_ = dynamics.step(torch.randn(1, 48), model.encoder.lay_out(torch.zeros(1, 64)),
+                                   kind.flatten(1), torch.tensor([0]), model.encoder.lay_out)
+    kind[0, 0, 4] = 1
+    seen_so = model.encoder.lay_out(dynamics.kinds[kind].flatten(1))
+    torch.testing.assert_close(written, seen_so)
 
 
 def test_what_the_map_lacks_far_away_counts_for_what_an_action_changes():
@@ -319,6 +342,27 @@ def test_zero_is_the_average_of_what_the_static_part_sees(model):
         torch.testing.assert_close(model.encode_target(frames), model.encode(frames))
 
 
+def test_kinds_are_neither_of_what_moves_nor_of_what_is_hardly_ever_seen():
+    torch.manual_seed(0)
+    patches, index = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8), torch.zeros(2000, 2, 8, 8)
+    index[:, :, 2:4] = 1
+    row, column = torch.randint(8, (2, 2000, 2))
+    index.view(4000, 64)[torch.arange(4000), (8 * row + column).flatten()] = 2      # it moves
+    index[0, :, 7, 7] = 3                                                           # but once
+    index[:, :, 0, 0] = 4
+    x, share, still = ConvEncoder().start_from(patches, index.long())
+    assert still[[0, 1, 4]].min() > 0.5 and still[[2, 3]].tolist() == [0, 0]
+    assert LatentDynamics().choose_kinds(x, share, still) == 3
+
+
+def test_where_no_patch_ever_comes_again_there_are_kinds_all_the_same():
+    torch.manual_seed(0)
+    kind = torch.arange(2 * 600 * 16) % 4
+    patches = (60 * kind[:, None, None, None] + torch.randint(9, (len(kind), 3, 8, 8))).byte()
+    index = torch.arange(len(kind)).view(600, 2, 4, 4)
+    assert LatentDynamics().choose_kinds(*ConvEncoder().start_from(patches, index)) > 2
+
+
 def test_data_of_one_patch_give_a_start_too():
     encoder = ConvEncoder()
     encoder.start_from(looks()[2][:1], torch.zeros(5, 3, 8, 8, dtype=torch.long))
@@ -390,6 +434,24 @@ def test_prediction_is_the_weighted_error_of_one_step(monkeypatch):
     by_hand = (join(moved, static) - model.encode_target(after)).square().sum(1)
     torch.testing.assert_close(errors, by_hand.detach(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(terms["prediction"], weigh_by_error(errors))
+
+
+def test_places_teach_what_stands_there_one_action_later(monkeypatch):
+    torch.manual_seed(0)
+    model, some, seen = JEPAWorldModel().eval(), batch(), []
+    dynamics = model.dynamics
+    looks = model.encoder.look_slowly(some["patches"] / 255)[0]
+    dynamics.kinds, dynamics.ends = looks[:4], torch.zeros(4, dtype=torch.bool)
+    monkeypatch.setattr(world_model_jepa, "weigh_by_error",
+                        lambda error: seen.append(error) or weigh_by_error(error))
+    Losses(model)(some)
+    before, then = dynamics.assign(looks.T).argmax(0)[some["index"].flatten(2)].unbind(1)
+    obs = join_tiles(some["patches"] / 255, some["index"][:, 0])
+    *_, place, around = dynamics.step(*dynamics.parts(model.encode(obs)), before, some["actions"],
+                                      model.encoder.lay_out)
+    after = dynamics.kinds[then.gather(1, place)]
+    torch.testing.assert_close(seen[1], (around - after).square().sum((1, 2)), rtol=1e-3, atol=1e-4)
+    assert (dynamics.kinds[before.gather(1, place)] - after).any()
 
 
 def test_pointing_teaches_the_moving_part_and_not_the_static_one():
@@ -493,14 +555,14 @@ def test_a_static_part_that_knows_the_layout_tells_the_places():
 def test_places_are_told_by_kinds_that_are_far_apart_however_many_patches_there_are():
     torch.manual_seed(0)
     dynamics, rare = LatentDynamics(kinds=4), torch.zeros(50_000, 8)
-    rare[7, 0], rare[9, 1], began = 2, 3, time.process_time()
-    x = rare + 1e-3 * torch.rand(50_000, 8)
-    rare[11, 2] = 5                                                     # but it moves
-    still = torch.ones(50_000)
-    still[11] = 0
-    assert dynamics.choose_kinds(x, torch.full((50_000,), 1 / 50_000), still) == 3
+    rare[7, 0], rare[9, 1], rare[11, 2], rare[20, 3] = 2, 3, 5, 0.5
+    x, share, still = rare + 1e-3 * torch.rand(50_000, 8), torch.ones(50_000), torch.ones(50_000)
+    share[20], still[11] = 49_997, 0                # half of all look like 20; 11 moves
+    began = time.process_time()
+    assert dynamics.choose_kinds(x, share / share.sum(), still) == 3
     assert time.process_time() - began < 1
-    # Averages; a fourth would say the same.
+    # Averages, by share; a fourth would say the same.
+    x[0, 3] += 0.25
     torch.testing.assert_close(dynamics.kinds, x[[0, 9, 7]], rtol=0, atol=1e-3)
     assert dynamics.assign(x[[0, 7, 9]].T).argmax(0).tolist() == [0, 2, 1]
 

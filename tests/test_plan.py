@@ -40,7 +40,6 @@ class ExactModel(torch.nn.Module):
         self.poses = [(x, y, d) for y, row in enumerate(maze) for x, c in enumerate(row)
                       if c == "." for d in range(4)]
         self.index = {pose: i for i, pose in enumerate(self.poses)}
-        self.moving_dim = len(self.poses)  # no static part
 
     def image(self, pose):
         image = torch.zeros(3, len(self.maze), len(self.maze))

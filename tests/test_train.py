@@ -344,14 +344,14 @@ def test_the_planners_threshold_does_not_depend_on_the_length_of_latents(few):
     target, thresholds = model.target_encoder.from_patches, []
     for length in (1, 10):
         model.target_encoder.from_patches = lambda *its: length * target(*its)
+        model.same_state.fill_(0.1)
         train_jepa.validate(model, data, episodes)
         thresholds.append(model.same_state.item())
     assert thresholds[0] == pytest.approx(thresholds[1], abs=1e-5) and 0.5 < thresholds[0] < 1
 
 
-def test_the_threshold_is_calibrated_where_episodes_have_one_step(few):
+def test_the_planners_threshold_is_above_what_changes_leave(few):
     data = load_transitions(few)
-    data.episode[:] = np.arange(len(data))
     episodes = split_by_episode(data, 0.05, 0)[0]
     model = train_jepa.new_model(data, episodes)
     train_jepa.validate(model, data, episodes)

@@ -5,11 +5,10 @@
 Reads jepa_world_model.pt beside this script, and reconstruction_world_model.pt if it is there.
 Writes plan.json, every number, and plan.png.
 
-A task is a layout never trained on, a start and a goal drawn from all that can be reached, doors,
-keys and boxes included. The planner is shown an image of each and has the model: no simulator, no
-labels, no decoder, no threshold tuned on tasks. It acts until it declares STOP; success is that all
-then looks like the goal (Anderson et al. 2018), after at most twice the actions of the oracle plus
-10. The oracle is a breadth-first search that steps the real simulator.
+A task is a layout never trained on, a start and a goal drawn from all that can be reached. The
+planner is shown an image of each and has the model: no simulator, no labels, no decoder. It acts
+until it declares STOP; success is that all then looks like the goal (Anderson et al. 2018), after
+at most twice the actions of the oracle, a breadth-first search of the simulator, plus 10.
 """
 
 import json

@@ -72,8 +72,7 @@ def slow_features(x, share, index, number, limit=0.3):
     x (P, C) centred features of patches, share (P,) how often each occurs, index (N, 2, h, w) into
     them, pairs of frames -> slow (C, number): x @ slow are the first principal components of what
     is kept, of total variance 1. And fast (C, C): x @ fast is what is taken out, its directions
-    scaled towards equal variance, so that the rare counts for more.
-    """
+    scaled towards equal variance, so that the rare counts for more."""
     size, axes = torch.linalg.eigh(x.T * share @ x)
     size, axes = (part[..., size > 1e-6 * size[-1]] for part in (size, axes))
     white, unwhite = axes * size.rsqrt(), (axes * size.sqrt()).T        # (C, R), (R, C)
@@ -204,8 +203,7 @@ class LatentDynamics(nn.Module):
     The static part stays, unless `change` says that another kind than before stands at one of the
     nine places: a key that is picked up is gone. Then that is written into the map, of which the
     encoder makes a static part (`lay_out`). Where the kind at the place itself `ends` an episode,
-    nothing changes.
-    """
+    nothing changes."""
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
                  features=8, kinds=32, groups=16, classes=32, action_dim=16):
@@ -269,12 +267,11 @@ class LatentDynamics(nn.Module):
         return (row[..., None] * self.grid[1] + column[..., None, :]).flatten(-2)
 
     def step(self, moving, static, kind, action, lay_out):
-        """One action in a map that is given. Leading shapes broadcast with those of actions.
-
-        moving (..., M), static (..., S), kind (..., h * w), action (...) -> after (..., M), unit
-        norm; static (..., S); over (..., 1): does all stay instead?; place (..., 9): see point;
-        around (..., 9, features): what then stands there. For that the map's sum counts too, since
-        what is missing may be in hand. No gradient leads from there to the encoder."""
+        """One action in a map that is given: moving (..., M), static (..., S), kind (..., h * w),
+        action (...), whose leading shapes broadcast with the others' -> after (..., M), unit norm;
+        static (..., S); over (..., 1): does all stay instead?; place (..., 9): see point; around
+        (..., 9, features): what then stands there. For that the map's sum counts too, since what is
+        missing may be in hand. No gradient leads from there to the encoder."""
         place, action = self.point(moving), self.action_embedding(action)
         maps = kind.reshape(math.prod(kind.shape[:-1]), kind.shape[-1])
         total = F.embedding_bag(maps, self.kinds, mode="sum") / math.sqrt(kind.shape[-1])

@@ -138,7 +138,7 @@ class PlainModel(JEPAWorldModel):
         nn.Module.__init__(self)
         self.arguments = {"in_channels": in_channels, "latent_dim": latent_dim,
                           "num_actions": num_actions, "image_size": tuple(image_size)}
-        self.latent_dim = self.moving_dim = latent_dim
+        self.latent_dim = latent_dim
         self.encoder = self.target_encoder = PlainEncoder(in_channels, latent_dim, image_size)
         self.dynamics = PlainDynamics(latent_dim, num_actions)
         self.inverse = mlp(2 * latent_dim, 256, 256, num_actions)

@@ -297,7 +297,7 @@ def plot_history(path, history):
         for key in keys:
             axis.plot(range(1, len(history) + 1), [h[key] for h in history], "o-", ms=4, label=key)
         axis.set(title=title, xlabel="epoch")
-        axis.set(**{"yscale": "log"} if "loss" in keys else {"ylim": (0, None)})
+        axis.set(**{"yscale": "log"} if "loss" in keys else {"ylim": (0, 1.1 * axis.get_ylim()[1])})
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()

@@ -286,7 +286,7 @@ class LatentDynamics(nn.Module):
         after = F.normalize(self.codebook(code), dim=-1)
         change = self.change(torch.cat([known.detach(), total], -1))
         around = seen + change.unflatten(-1, (9, -1))
-        # What moves hides what it stands on: in imagination, nothing is written there.
+        # What moves hides what it stands on: nothing is written there.
         hidden = place == self.point(after * math.sqrt(after.shape[-1]))[..., 4:5]
         new = torch.where(hidden, here, self.assign(around.mT).argmax(-2))
         first = (place[..., None] == place[..., None, :]).byte().argmax(-1)     # where h or w is 2
@@ -451,7 +451,7 @@ class Losses(nn.Module):
             target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
         moving, static = dynamics.parts(z)                              # (B, M), (B, S)
         true = dynamics.assign(slow.T)                                  # (kinds, P)
-        kind, then = true.argmax(0)[index.flatten(2)].unbind(1)        # (B, h * w) each
+        kind, then = true.argmax(0)[index.flatten(2)].unbind(1)         # (B, h * w) each
         after, written, _, place, around = dynamics.step(
             moving, static, kind, batch["actions"], encoder.lay_out)
         predicted = join(after, written)

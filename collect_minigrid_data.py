@@ -62,8 +62,9 @@ NUM_WORKERS = 2                   # threads that draw frames while others are co
 # Odds of left, right, forward, pickup, drop, toggle, done, cut to the actions that ENV_ID has.
 # Forward most: even so, only one step in 300 enters a gap in a wall of FourRooms.
 ACTION_WEIGHTS = (0.15, 0.15, 0.5, 0.06, 0.03, 0.09, 0.02)
-INTERACT_ODDS = 0.5               # that a door ahead is toggled (if open, unless the agent is about
-                                  # to enter), or with empty hands a thing ahead picked up: purely
+INTERACT_ODDS = 0.5               # that a shut door ahead is opened, or with empty hands a thing
+                                  # ahead picked up, or that at an open door, unless the agent is
+                                  # about to enter, one of pickup, drop and toggle is tried: purely
                                   # at random, one step in 1,400 toggles a door of DoorKey
 WARM_UP_STEPS = 400               # where every episode starts in the same place, or there are keys,
                                   # doors and so on, so few steps do not lead far: there, 0 to so
@@ -229,18 +230,20 @@ class Recorder:
 
 
 def draw_actions(rng, odds, length: int):
-    """`length` times: an action, and whether to see to what is ahead instead."""
+    """`length` times: an action, whether to see to what is ahead instead, and with what else."""
     actions = rng.choice(len(odds), length, p=odds).tolist()
-    return zip(actions, rng.random(length) < INTERACT_ODDS * (len(odds) > Actions.toggle))
+    interacts = rng.random(length) < INTERACT_ODDS * (len(odds) > Actions.toggle)
+    return zip(actions, interacts, rng.integers(Actions.pickup, Actions.done, length).tolist())
 
 
-def choose(world: MiniGridEnv, action: int, interacts: bool) -> int:
-    """`action`, or if `interacts`, the one that toggles or picks up what is ahead, if it can be."""
+def choose(world: MiniGridEnv, action: int, interacts: bool, other: int) -> int:
+    """`action`, or if `interacts`, the one that opens or picks up what is ahead, if it can be, and
+    `other` at an open door."""
     x, y = world.agent_pos + world.dir_vec
     if interacts and 0 <= x < world.width and 0 <= y < world.height:
         thing = world.grid.get(x, y)
         if isinstance(thing, Door) and not (thing.is_open and action == Actions.forward):
-            return int(Actions.toggle)
+            return other if thing.is_open else int(Actions.toggle)
         if thing and thing.can_pickup() and not world.carrying:
             return int(Actions.pickup)
     return action

@@ -23,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
-from minigrid_dataset import join_tiles
 
 CHECKPOINT_FORMAT = 15
 
@@ -401,21 +400,45 @@ class BYOLWorldModel(JEPAWorldModel):
 
 class ReconstructionWorldModel(JEPAWorldModel):
     """The same encoder, dynamics and other terms, but pixels are predicted in place of latents, by
-    a transposed patch convolution. There is no EMA: the online encoder is its own target."""
+    the encoder's mirror image: what the static part says of every place and the moving part of
+    every row and column is added, and a transposed patch convolution draws it. There is no EMA: the
+    online encoder is its own target."""
 
     objective = "reconstruction"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.target_encoder = self.encoder
+        (h, w), hidden = self.dynamics.grid, self.arguments["hidden_dim"] // 2
         channels, p = 2 * self.arguments["features"], self.arguments["patch_size"]
-        self.to_patches = nn.Linear(self.latent_dim, channels * math.prod(self.dynamics.grid))
+        self.to_places = nn.Linear(self.latent_dim - self.moving_dim, channels * h * w)
+        self.to_lines = nn.Sequential(
+            nn.Linear(self.moving_dim, hidden), nn.SiLU(), nn.Linear(hidden, channels * (h + w)))
         self.to_pixels = nn.ConvTranspose2d(channels, self.arguments["in_channels"], p, stride=p)
 
     def decode(self, z):
         """(B, latent_dim) -> (B, in_channels, H, W), about in [0, 1]."""
-        x = self.to_patches(z * math.sqrt(self.latent_dim))
-        return self.to_pixels(F.relu(x.unflatten(1, (-1, *self.dynamics.grid)))) + 0.5
+        return self.to_pixels(self.unfold(z).mT.unflatten(2, self.dynamics.grid)) + 0.5
+
+    def unfold(self, z):
+        """(B, latent_dim) -> features of places (B, h * w, F), of which pixels are made."""
+        moving, static = self.dynamics.parts(z)
+        h, w = self.dynamics.grid
+        rows, columns = self.to_lines(moving).unflatten(1, (h + w, -1)).split([h, w], 1)
+        places = self.to_places(static).unflatten(1, (h, w, -1))
+        return F.relu(places + rows[:, :, None] + columns[:, None]).flatten(1, 2)
+
+    def pixel_error(self, z, patches, index):
+        """Latents (N, latent_dim), and the images they stand for, of patches (P, C, p, p) as index
+        (N, h, w) says -> mean squared errors (N,) of `decode`, without drawing an image: what is
+        decoded is linear in x, so |Wx + b - y|^2 is a sum of x'W'Wx, x'W'(b - y) and |b - y|^2,
+        of which the last two are the same for each distinct patch."""
+        x, weight = self.unfold(z), self.to_pixels.weight.flatten(1)    # (N, h * w, F), (F, C p p)
+        rest = (self.to_pixels.bias[:, None, None] + 0.5 - patches).flatten(1)
+        index = index.flatten(1)
+        cross = (x @ (weight @ weight.T) + 2 * F.embedding(index, rest @ weight.T)) * x
+        error = cross.sum(-1) + rest.square().sum(1)[index]             # (N, h * w)
+        return error.mean(1) / rest.shape[1]
 
 
 MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, ReconstructionWorldModel)}
@@ -456,9 +479,9 @@ class Losses(nn.Module):
             moving, static, kind, batch["actions"], encoder.lay_out)
         predicted = join(after, written)
         if model.objective == "reconstruction":
-            before, after = join_tiles(patches, index).unbind(1)
-            decoded, error = ((model.decode(x) - y).square().mean((1, 2, 3)) for x, y in (
-                (torch.cat([z, target]), torch.cat([before, after])), (predicted, after)))
+            decoded, error = (model.pixel_error(*each) for each in (
+                (torch.cat([z, target]), patches, torch.cat(index.unbind(1))),
+                (predicted, patches, index[:, 1])))
             prediction = weigh_by_error(decoded) + weigh_by_error(error)
             error = error * z.shape[-1]
         else:

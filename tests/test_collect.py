@@ -240,18 +240,20 @@ def test_half_of_the_time_what_is_ahead_is_toggled_or_picked_up(monkeypatch):
     assert counts[0.5][1] > 0.6 > 0.4 > counts[0][1]                    # with the key in hand
 
 
-def test_a_door_ahead_is_opened_and_an_open_one_shut_or_entered():
+def test_a_door_ahead_is_opened_and_at_an_open_one_each_action_of_a_hand_is_tried():
     world = collect.make_env("MiniGrid-DoorKey-8x8-v0").unwrapped
     world.reset(seed=0)
     cell = next(i for i, thing in enumerate(world.grid.grid) if isinstance(thing, Door))
     door, (y, x) = world.grid.grid[cell], divmod(cell, world.width)
     world.agent_pos, world.agent_dir = (x - 1, y), 0
-    left, forward, toggle = Actions.left, Actions.forward, Actions.toggle
+    left, forward, toggle, drop = Actions.left, Actions.forward, Actions.toggle, Actions.drop
     for is_open, action, expected in ((False, left, toggle), (False, forward, toggle),
-                                      (True, left, toggle), (True, forward, forward)):
+                                      (True, left, drop), (True, forward, forward)):
         door.is_open = is_open
-        assert collect.choose(world, action, True) == expected
-        assert collect.choose(world, action, False) == action
+        assert collect.choose(world, action, True, drop) == expected
+        assert collect.choose(world, action, False, drop) == action
+    drawn = collect.draw_actions(np.random.default_rng(0), [1 / 7] * 7, 99)
+    assert {other for *_, other in drawn} == {Actions.pickup, Actions.drop, Actions.toggle}
 
 
 def test_file_holds_the_contract(small):

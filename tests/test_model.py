@@ -372,8 +372,12 @@ def test_data_of_one_patch_give_a_start_too():
 def test_image_size_must_fit_the_patches():
     with pytest.raises(ValueError, match="patch size 8"):
         JEPAWorldModel(image_size=(60, 64))
-    decoded = ReconstructionWorldModel(image_size=(24, 40)).decode(torch.randn(2, 128))
+    model, z = ReconstructionWorldModel(image_size=(24, 40)), torch.randn(2, 128)
+    decoded = model.decode(z)
     assert decoded.shape == (2, 3, 24, 40)
+    patches, index = torch.rand(4, 3, 8, 8), torch.randint(4, (2, 3, 5))
+    error = (decoded - join_tiles(patches, index)).square().mean((1, 2, 3))
+    torch.testing.assert_close(model.pixel_error(z, patches, index), error)
 
 
 # ---------------------------------------------------------------------------- target and objective

@@ -399,8 +399,9 @@ class BYOLWorldModel(JEPAWorldModel):
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
-    """The same encoder, dynamics and other terms, but pixels are predicted in place of latents, by
-    the encoder's mirror image: what the static part says of every place and the moving part of
+    """As Dreamer (Hafner et al. 2020): the same encoder, dynamics and terms, and besides, the frame
+    that is seen and the next one are decoded from the latent and the predicted latent. The decoder
+    is the encoder's mirror image: what the static part says of every place and the moving part of
     every row and column is added, and a transposed patch convolution draws it. There is no EMA: the
     online encoder is its own target."""
 
@@ -430,15 +431,15 @@ class ReconstructionWorldModel(JEPAWorldModel):
 
     def pixel_error(self, z, patches, index):
         """Latents (N, latent_dim), and the images they stand for, of patches (P, C, p, p) as index
-        (N, h, w) says -> mean squared errors (N,) of `decode`, without drawing an image: what is
-        decoded is linear in x, so |Wx + b - y|^2 is a sum of x'W'Wx, x'W'(b - y) and |b - y|^2,
-        of which the last two are the same for each distinct patch."""
+        (N, h, w) says -> mean squared errors of each place (N, h * w) of `decode`, without drawing
+        an image: what is decoded is linear in x, so |Wx + b - y|^2 is x'W'Wx + 2 x'W'(b - y) +
+        |b - y|^2, and all but x is the same wherever a patch stands."""
         x, weight = self.unfold(z), self.to_pixels.weight.flatten(1)    # (N, h * w, F), (F, C p p)
         rest = (self.to_pixels.bias[:, None, None] + 0.5 - patches).flatten(1)
         index = index.flatten(1)
         cross = (x @ (weight @ weight.T) + 2 * F.embedding(index, rest @ weight.T)) * x
         error = cross.sum(-1) + rest.square().sum(1)[index]             # (N, h * w)
-        return error.mean(1) / rest.shape[1]
+        return error / rest.shape[1]
 
 
 MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, ReconstructionWorldModel)}
@@ -464,13 +465,12 @@ class Losses(nn.Module):
     def forward(self, batch):
         """A batch, see TransitionBatches -> {term: scalar}, and the prediction errors (B,) without
         gradient: squared distances of unit-norm latents, 0 to 4, which is latent_dim times what is
-        logged (for reconstruction, of pixels). "places" has two halves: what stands where, and what
-        one action makes of it."""
+        logged. "places" has two halves: what stands where, and what one action makes of it."""
         model, patches, index = self.model, batch["patches"] / 255, batch["index"]
         dynamics, encoder = model.dynamics, model.encoder
         slow, mobility = looks = encoder.look_slowly(patches)           # (P, features), (P,)
         z = encode_shared(encoder, patches, index[:, 0], looks)
-        with torch.set_grad_enabled(model.objective == "reconstruction"):
+        with torch.no_grad():
             target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
         moving, static = dynamics.parts(z)                              # (B, M), (B, S)
         true = dynamics.assign(slow.T)                                  # (kinds, P)
@@ -478,17 +478,14 @@ class Losses(nn.Module):
         after, written, _, place, around = dynamics.step(
             moving, static, kind, batch["actions"], encoder.lay_out)
         predicted = join(after, written)
+        error = (predicted - target).square().sum(-1)                   # (B,)
+        if model.objective == "byol":
+            return {"prediction": error.mean()}, error.detach()
+        prediction = weigh_by_error(error)
         if model.objective == "reconstruction":
-            decoded, error = (model.pixel_error(*each) for each in (
-                (torch.cat([z, target]), patches, torch.cat(index.unbind(1))),
-                (predicted, patches, index[:, 1])))
-            prediction = weigh_by_error(decoded) + weigh_by_error(error)
-            error = error * z.shape[-1]
-        else:
-            error = (predicted - target).square().sum(-1)               # (B,)
-            if model.objective == "byol":
-                return {"prediction": error.mean()}, error.detach()
-            prediction = weigh_by_error(error)
+            for latent, frame in ((z, index[:, 0]), (predicted, index[:, 1])):
+                prediction = prediction + weigh_by_error(
+                    model.pixel_error(latent, patches, frame).flatten())
         then = dynamics.kinds[then.gather(-1, place)]                   # (B, 9, features)
         changes = weigh_by_error((around - then).square().sum((-1, -2)))
         told = places(dynamics.tell(static), true, index[:, 0])

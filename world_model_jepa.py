@@ -402,8 +402,8 @@ class ReconstructionWorldModel(JEPAWorldModel):
     """As Dreamer (Hafner et al. 2020): the same encoder, dynamics and terms, and besides, the frame
     that is seen and the next one are decoded from the latent and the predicted latent. The decoder
     is the encoder's mirror image: what the static part says of every place and the moving part of
-    every row and column is added, and a transposed patch convolution draws it. There is no EMA: the
-    online encoder is its own target."""
+    every row and column is added, and a linear map draws each patch. There is no EMA: the online
+    encoder is its own target."""
 
     objective = "reconstruction"
 
@@ -411,35 +411,26 @@ class ReconstructionWorldModel(JEPAWorldModel):
         super().__init__(*args, **kwargs)
         self.target_encoder = self.encoder
         (h, w), hidden = self.dynamics.grid, self.arguments["hidden_dim"] // 2
-        channels, p = 2 * self.arguments["features"], self.arguments["patch_size"]
+        channels = 2 * self.arguments["features"]
         self.to_places = nn.Linear(self.latent_dim - self.moving_dim, channels * h * w)
         self.to_lines = nn.Sequential(
             nn.Linear(self.moving_dim, hidden), nn.SiLU(), nn.Linear(hidden, channels * (h + w)))
-        self.to_pixels = nn.ConvTranspose2d(channels, self.arguments["in_channels"], p, stride=p)
+        self.to_patch = nn.Linear(
+            channels, self.arguments["in_channels"] * self.arguments["patch_size"] ** 2)
 
-    def decode(self, z):
-        """(B, latent_dim) -> (B, in_channels, H, W), about in [0, 1]."""
-        return self.to_pixels(self.unfold(z).mT.unflatten(2, self.dynamics.grid)) + 0.5
-
-    def unfold(self, z):
-        """(B, latent_dim) -> features of places (B, h * w, F), of which pixels are made."""
+    def decode_patches(self, z):
+        """(B, latent_dim) -> (B, h * w, C * p * p), pixels about in [0, 1]."""
         moving, static = self.dynamics.parts(z)
         h, w = self.dynamics.grid
         rows, columns = self.to_lines(moving).unflatten(1, (h + w, -1)).split([h, w], 1)
         places = self.to_places(static).unflatten(1, (h, w, -1))
-        return F.relu(places + rows[:, :, None] + columns[:, None]).flatten(1, 2)
+        x = F.relu(places + rows[:, :, None] + columns[:, None]).flatten(1, 2)
+        return self.to_patch(x) + 0.5
 
-    def pixel_error(self, z, patches, index):
-        """Latents (N, latent_dim), and the images they stand for, of patches (P, C, p, p) as index
-        (N, h, w) says -> mean squared errors of each place (N, h * w) of `decode`, without drawing
-        an image: what is decoded is linear in x, so |Wx + b - y|^2 is x'W'Wx + 2 x'W'(b - y) +
-        |b - y|^2, and all but x is the same wherever a patch stands."""
-        x, weight = self.unfold(z), self.to_pixels.weight.flatten(1)    # (N, h * w, F), (F, C p p)
-        rest = (self.to_pixels.bias[:, None, None] + 0.5 - patches).flatten(1)
-        index = index.flatten(1)
-        cross = (x @ (weight @ weight.T) + 2 * F.embedding(index, rest @ weight.T)) * x
-        error = cross.sum(-1) + rest.square().sum(1)[index]             # (N, h * w)
-        return error / rest.shape[1]
+    def decode(self, z):
+        """(B, latent_dim) -> (B, C, H, W), about in [0, 1]."""
+        p = self.arguments["patch_size"]
+        return F.fold(self.decode_patches(z).mT, self.arguments["image_size"], p, stride=p)
 
 
 MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, ReconstructionWorldModel)}
@@ -484,8 +475,9 @@ class Losses(nn.Module):
         prediction = weigh_by_error(error)
         if model.objective == "reconstruction":
             for latent, frame in ((z, index[:, 0]), (predicted, index[:, 1])):
-                prediction = prediction + weigh_by_error(
-                    model.pixel_error(latent, patches, frame).flatten())
+                pixels = F.embedding(frame.flatten(1), patches.flatten(1))  # (B, h * w, C * p * p)
+                wrong = (model.decode_patches(latent) - pixels).square().mean(-1)
+                prediction = prediction + weigh_by_error(wrong.flatten())
         then = dynamics.kinds[then.gather(-1, place)]                   # (B, 9, features)
         changes = weigh_by_error((around - then).square().sum((-1, -2)))
         told = places(dynamics.tell(static), true, index[:, 0])

@@ -305,8 +305,8 @@ class TransitionBatches:
     """Batches of transitions: a dict of patches (P, 3, p, p) uint8, the distinct ones, and index
     (B, 2, h, w) int64 into them: the frames before and after actions (B,) int64.
 
-    An epoch has all transitions of `episodes`, but for what fills no batch, or again and again,
-    until there are `least` batches. In which order depends on `seed` and the epoch."""
+    An epoch has as many batches as transitions of `episodes` fill, `least` at least. In which order
+    they come depends on `seed` and the epoch, and on what `repeat` keeps back."""
 
     def __init__(self, transitions, episodes, batch_size, seed, least=1):
         self.transitions, self.batch_size, self.seed = transitions, batch_size, seed
@@ -322,11 +322,20 @@ class TransitionBatches:
         data, rng = self.transitions, np.random.default_rng([self.seed, self.epoch])
         passes = math.ceil(len(self) * self.batch_size / len(self.steps))
         order = np.concatenate([rng.permutation(self.steps) for _ in range(passes)])
-        for b in range(len(self)):
-            t = torch.from_numpy(order[b * self.batch_size :][: self.batch_size])
-            t = t.to(data.actions.device)
-            patches, index = data.patches(data.pairs(t))
-            yield {"patches": patches, "index": index, "actions": data.actions[t]}
+        order = torch.from_numpy(order).to(data.actions.device)
+        self.hardest = order[:0]
+        for _ in range(len(self)):
+            fresh = self.batch_size - len(self.hardest)
+            self.last, order = torch.cat([order[:fresh], self.hardest]), order[fresh:]
+            self.hardest = order[:0]
+            patches, index = data.patches(data.pairs(self.last))
+            yield {"patches": patches, "index": index, "actions": data.actions[self.last]}
+
+    def repeat(self, errors):
+        """Puts the quarter of the last batch with the largest `errors` (B,) into the next one too:
+        what is rare stays until it is learnt (hard example mining, as OHEM: Shrivastava, Gupta &
+        Girshick 2016, over batches)."""
+        self.hardest = self.last[errors.topk(self.batch_size // 4).indices]
 
 
 def steps_of(transitions, episodes):

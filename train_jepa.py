@@ -179,6 +179,7 @@ def train(path, device):
             optimizer.step()
             schedule.step()
             model.update_target_encoder(EMA_MOMENTUM)
+            batches.repeat(errors)
             total += errors.mean() / LATENT_DIM
             step += 1
             if number % LOG_EVERY == 0 or number == len(batches):

@@ -320,13 +320,14 @@ class Windows(TransitionBatches):
 
 
 def our_loss(model, batch):
-    """-> the loss of a batch as train_jepa.py has it."""
+    """-> the loss of a batch as train_jepa.py has it, and the errors of its transitions."""
+    terms, errors = Losses(model)(batch)
     return sum(getattr(train_jepa, f"{name.upper()}_WEIGHT", 1) * term
-               for name, term in Losses(model)(batch)[0].items())
+               for name, term in terms.items()), errors
 
 
 def peer_loss(added, weight, model, batch):
-    """-> the same for a peer, which learns its error + added(model, x, actions, weight)."""
+    """-> the loss for a peer, which learns its error + added(model, x, actions, weight)."""
     def see(encoder):
         latents = encoder.from_patches(to_float(batch["patches"]), batch["index"].flatten(0, 1))
         return model.coordinates(latents.unflatten(0, batch["index"].shape[:2]))
@@ -336,7 +337,7 @@ def peer_loss(added, weight, model, batch):
         with torch.no_grad():
             target = see(model.target_encoder)
     error = ERRORS.get(added, one_step)(model, x, x if target is None else target, actions)
-    return error.mean() + added(model, x, actions, weight)
+    return error.mean() + added(model, x, actions, weight), None
 
 
 def train(data, recipe, body, weight, rate, epochs, seed):
@@ -365,7 +366,9 @@ def train_as_set(data, recipe, body, weight):
     for epoch in range(1, train_jepa.EPOCHS + 1 if learnt else 1):
         batches.set_epoch(epoch)
         for batch in batches:
-            loss = loss_of(model, batch)
+            loss, errors = loss_of(model, batch)
+            if errors is not None:
+                batches.repeat(errors)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"{recipe}, {body}: the loss is {loss}")
             optimizer.zero_grad(set_to_none=True)

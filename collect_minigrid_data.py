@@ -66,7 +66,7 @@ INTERACT_ODDS = 0.5               # that a shut door ahead is opened, or with em
                                   # ahead picked up, or that at an open door, unless the agent is
                                   # about to enter, one of pickup, drop and toggle is tried: purely
                                   # at random, one step in 1,400 toggles a door of DoorKey
-WARM_UP_STEPS = 400               # where every episode starts in the same place, or there are keys,
+WARM_UP_STEPS = 600               # where every episode starts in the same place, or there are keys,
                                   # doors and so on, so few steps do not lead far: there, 0 to so
                                   # many random steps go unrecorded first
 DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz

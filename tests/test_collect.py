@@ -360,7 +360,7 @@ def test_nobody_elses_file_is_replaced(small, tmp_path, content):
     ("NUM_EPISODES", 4, "NUM_EPISODES was 5, now 4"), ("TILE_SIZE", 3, "TILE_SIZE was 4, now 3"),
     ("MAX_STEPS_PER_EPISODE", 9, "MAX_STEPS_PER_EPISODE was 8, now 9"),
     ("SEED", 3, "SEED was 0, now 3"), ("INTERACT_ODDS", 0, "INTERACT_ODDS was 0.5, now 0"),
-    ("WARM_UP_STEPS", 0, "WARM_UP_STEPS was 400, now 0"),
+    ("WARM_UP_STEPS", 0, "WARM_UP_STEPS was 600, now 0"),
     ("ENV_ID", "X-v0", "ENV_ID was MiniGrid-FourRooms-v0, now X-v0"),
     ("ACTION_WEIGHTS", (1,) * 7, r"ACTION_WEIGHTS was \[0.15, .*, now \[1.0, "),
     ("NUM_WORKERS", 2, None),

@@ -188,7 +188,6 @@ def train(path, device):
                     raise FloatingPointError(
                         f"the loss is not finite at step {step}: lower LEARNING_RATE in "
                         f"train_jepa.py ({path.name}, if there, is of the last good epoch)")
-            if number % LOG_EVERY == 0:
                 say(f"Epoch {epoch:02d} | Batch {number:04d} | Step {step:05d} | "
                     f"Avg Loss {average:.4f}")
         model.eval()
@@ -212,10 +211,8 @@ def train(path, device):
 
 
 def previous_run(path, data):
-    """The unfinished checkpoint at `path` if this run continues it, else None.
-
-    Whatever else stands at `path` is moved aside under a name that is printed, never lost.
-    """
+    """The unfinished checkpoint at `path` if this run continues it, else None: whatever else stands
+    there is moved aside under a name that is printed, never lost."""
     if not path.exists():
         return None
     try:
@@ -255,12 +252,9 @@ def validate(model, data, episodes):
     """One step ahead on held-out episodes: a dict of val_loss, cos, z_std, rank, hit@1 and copy.
 
     hit@1: among the distinct frames of 5,000 held-out transitions, the target latent nearest to the
-    prediction is that of the true next frame; only transitions in which something moved count.
-    `copy` predicts that nothing changes.
-
+    prediction is the true one; only those that changed something count. `copy` predicts no change.
     For the planner it also sets model.same_state: two thirds of the way from the cosine that the
-    latents before and after a change hardly ever exceed (one in 10,000) to 1.
-    """
+    latents before and after a change hardly ever exceed (one in 10,000) to 1."""
     device = data.actions.device
     steps = torch.from_numpy(steps_of(data, episodes)[:5000]).to(device)
     used, pair = data.pairs(steps).unique(return_inverse=True)                      # (N, 2)

@@ -46,10 +46,8 @@ def cut(obs, patch_size):
 
 def maxima(features, lines):
     """Features of patches (P, C), lines (B, n, length) of patches -> (B, n, C): each line's maxima.
-
-    Few lines of a batch differ, so each kind of line is looked at once. Lines are told apart by the
-    sums of random numbers of 62 bits, one for each patch: for a maximum their order is nothing.
-    """
+    Each kind of line is looked at once; kinds are told apart by the sums of random numbers of 62
+    bits, one for each patch: for a maximum their order is nothing."""
     generator = torch.Generator().manual_seed(0)
     number = torch.randint(2**62, (len(features),), generator=generator).to(lines.device)
     kinds, kind = number[lines].sum(-1).unique(return_inverse=True)     # (K,), (B, n)
@@ -161,8 +159,7 @@ class ConvEncoder(nn.Module):
 
     def look_slowly(self, patches):
         """(P, C, p, p) -> slow features (P, features), 0 for the average, and mobility (P,): how
-        much there is of what comes and goes, 1 for a frame's largest, on average. As light is in
-        many places and the agent in one, it is the agent's patch that is far from average."""
+        much there is of what comes and goes, 1 for a frame's largest, on average."""
         x = self.look(self.fixed, patches) - self.average
         return x @ self.slow, (x @ self.fast).square().sum(1) / self.mobile
 
@@ -170,9 +167,8 @@ class ConvEncoder(nn.Module):
         return self.from_patches(*cut(obs, self.patch_size))
 
     def from_patches(self, patches, index, looks=None):
-        """Images put together from patches (P, C, p, p) as index (B, h, w) says -> their latents
-        (B, latent_dim). A batch of MiniGrid frames has 100,000 patches but a few dozen distinct
-        ones: each is looked at once. looks: what look_slowly says of them, if that is known."""
+        """Images put together from patches (P, C, p, p) as index (B, h, w) says -> latents (B,
+        latent_dim), each distinct patch looked at once. looks: what look_slowly says of them."""
         slow, mobility = self.look_slowly(patches) if looks is None else looks
         x = self.look(self.convolution, patches) * mobility.clamp_max(1).square()[:, None]
         profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)    # (B, h + w, channels)
@@ -311,10 +307,7 @@ class JEPAWorldModel(nn.Module):
     """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020):
     the prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
     encoder is an exponential moving average (EMA) of the online one and gets no gradient. In
-    training, the dynamics are shown the true map.
-
-    Args: see ConvEncoder and LatentDynamics; actions are integers below num_actions.
-    """
+    training, the dynamics are shown the true map. Actions are integers below num_actions."""
 
     objective = "jepa"
 
@@ -377,9 +370,8 @@ class JEPAWorldModel(nn.Module):
         return torch.stack(latents, 1)
 
     def forward(self, obs, next_obs, actions):
-        """(B, 3, H, W) twice, (B,) -> loss, z_pred, z_target (B, latent_dim): the tutorial's step,
-        to look at (see Losses for what is trained). The loss, the mean squared error of the two
-        unit-norm latents, is at most 4 / latent_dim, and 0 for a collapsed model too."""
+        """(B, 3, H, W) twice, (B,) -> loss, z_pred, z_target (B, latent_dim): the tutorial's step.
+        The loss is at most 4 / latent_dim, and 0 for a collapsed model too; see Losses."""
         z_pred = self.predict_next(self.encode(obs), actions)
         z_target = self.encode_target(next_obs)
         return F.mse_loss(z_pred, z_target), z_pred, z_target
@@ -392,18 +384,16 @@ class JEPAWorldModel(nn.Module):
 
 
 class BYOLWorldModel(JEPAWorldModel):
-    """With the tutorial's objective, the plain regression on the target: nothing teaches map and
-    pointers, so that the dynamics do not see what stands ahead."""
+    """With prediction alone, as in the tutorial: nothing teaches map and pointers."""
 
     objective = "byol"
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
-    """As Dreamer (Hafner et al. 2020): the same encoder, dynamics and terms, and besides, the frame
-    that is seen and the next one are decoded from the latent and the predicted latent. The decoder
-    is the encoder's mirror image: what the static part says of every place and the moving part of
-    every row and column is added, and a linear map draws each patch. There is no EMA: the online
-    encoder is its own target."""
+    """As Dreamer (Hafner et al. 2020): all the same, and besides, the frame that is seen and the
+    next one are decoded from the latent and the predicted one, by the encoder's mirror image: what
+    the static part says of each place and the moving part of each row and column is added, and a
+    linear map draws each patch. There is no EMA: the online encoder is its own target."""
 
     objective = "reconstruction"
 

@@ -56,9 +56,8 @@ def same_state(model, z, other):
 
 
 def read_images(model, **images):
-    """N of (3, H, W) -> (N, 3, H, W) on the model's device.
-    Raises TypeError or ValueError, one sentence, at an image that the model cannot encode.
-    """
+    """N of (3, H, W) -> (N, 3, H, W) on the model's device. Raises TypeError or ValueError, one
+    sentence, at an image that the model cannot encode."""
     shape = (model.arguments["in_channels"], *model.arguments["image_size"])
     wanted = f"a float tensor {shape} in [0, 1] is wanted, as image.float() / 255 of one in uint8"
     for name, image in images.items():
@@ -83,8 +82,7 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
     obs, goal_obs: (3, H, W) float in [0, 1], what the environment shows now and at the goal.
     Returns: Plan, a list of at most `max_actions` action numbers, empty and met where obs shows the
         goal already. If the goal was not met, the way to the state most similar to it.
-    Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode.
-    """
+    Raises: TypeError or ValueError, one sentence, at an image that the model cannot encode."""
     images, same = read_images(model, obs=obs, goal_obs=goal_obs), model.same_state
     states, goal = F.normalize(model.encode_target(images), dim=-1).split(1)        # (1, D) each
     z, A = model.encode(images[:1]), model.arguments["num_actions"]                 # (1, D)
@@ -119,8 +117,7 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
     """Categorical cross-entropy method, for comparison: same contract as plan_actions, but at most
     20 actions (Rubinstein 1999; for planning in latents e.g. Hafner et al. 2019).
     Samples action sequences from independent categoricals, one per step; refits them to the tenth
-    whose imagined latents come nearest to the goal; returns the best up to its nearest step.
-    """
+    whose imagined latents come nearest to the goal; returns the best up to its nearest step."""
     images, samples, horizon = read_images(model, obs=obs, goal_obs=goal_obs), 256, 20
     here, goal = F.normalize(model.encode_target(images), dim=-1)
     best, nearest, A = [], (here @ goal).item(), model.arguments["num_actions"]
@@ -145,19 +142,21 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
 @torch.no_grad()
 def follow(model, planner, obs, goal_obs, step, anew=False):
     """Plan, act, look. STOP at the end of a plan that met the goal, if all that was seen is what
-    was imagined, and at an empty plan; else plan again. anew: plan after every action.
+    was imagined, and at an empty plan; else plan again. anew: plan after every action; what is left
+    of the plan before stays, as long as things come as imagined and no shorter way is found.
 
     step(action) acts for real and returns the next image (3, H, W), or None where all is over.
-
-    Returns: whether STOP was declared, the imagined latents (D,), and the seconds of each decision.
-    """
-    imagined, seconds = [], []
+    Returns: whether STOP was declared, the imagined latents (D,), and the seconds of each decision."""
+    imagined, seconds, rest = [], [], Plan()
     while True:
         began = time.perf_counter()
         plan = planner(model, obs, goal_obs, max_actions=MAX_STATES)
         seconds.append(time.perf_counter() - began)
+        if rest.met and not (plan.met and len(plan) <= len(rest)):
+            plan = rest
         if not plan:
             return True, imagined, seconds
+        rest = Plan(plan[1:], plan.met)
         z = model.encode(read_images(model, obs=obs))                  # (1, D)
         for action in plan[:1] if anew else plan:
             z = model.predict_next(z, torch.tensor([action], device=z.device))
@@ -166,6 +165,7 @@ def follow(model, planner, obs, goal_obs, step, anew=False):
             if obs is None:
                 return False, imagined, seconds
             if not same_state(model, z, model.encode_target(read_images(model, obs=obs))):
+                rest = Plan()
                 break
         else:
             if plan.met and not anew:

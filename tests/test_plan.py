@@ -189,6 +189,24 @@ def test_acting_plans_again_when_it_sees_something_else():
     assert stopped and trace[-1] == (1, 3, 1) and len(seconds) == 2
 
 
+def test_planned_anew_it_does_not_turn_back_and_forth():
+    """From the image of one pose a step is missed, so that all plans from there lead back."""
+    class Misses(ExactModel):
+        def encode(self, obs):
+            z = super().encode(obs)
+            return 0.999 * z if torch.equal(z, self.latents([(2, 1, 0)])) else z
+
+        def predict_next(self, z, action):
+            missed = (z.norm(dim=-1) < 0.9995) & (action == 2)
+            return torch.where(missed[..., None], z, super().predict_next(z, action))
+
+    maze = ("######", "#....#", "#.##.#", "#.##.#", "#....#", "######")
+    model, world, goal = Misses(maze), ExactModel(maze), (4, 1, 0)
+    trace, stopped, *_ = act(model, world, (1, 1, 0), goal, anew=True)
+    assert len(plan_actions(model, *images(model, (2, 1, 0), goal))) > 8
+    assert stopped and trace == [(1, 1, 0), (2, 1, 0), (3, 1, 0), (4, 1, 0)]
+
+
 def test_no_step_is_taken_beyond_the_limit():
     class Stuck(ExactModel):
         def after(self, pose, action):

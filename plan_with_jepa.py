@@ -146,7 +146,7 @@ def follow(model, planner, obs, goal_obs, step, anew=False):
     of the plan before stays, as long as things come as imagined and no shorter way is found.
 
     step(action) acts for real and returns the next image (3, H, W), or None where all is over.
-    Returns: whether STOP was declared, the imagined latents (D,), and the seconds of each decision."""
+    Returns: was STOP declared?, the imagined latents (D,), and the seconds of each decision."""
     imagined, seconds, rest = [], [], Plan()
     while True:
         began = time.perf_counter()

@@ -195,7 +195,8 @@ def draw(path, rows):
                      label="1 step ahead" if k else "10 steps ahead")
     reached = [(found[name]["simulator"][k] or 0, y) for y, name in enumerate(names)
                for k in (0, 9) if found[name]["simulator"]]
-    axis.plot(*np.reshape(reached, (-1, 2)).T, "k|", ms=11, label="a random world's own simulator")
+    if reached:
+        axis.plot(*np.transpose(reached), "k|", ms=11, label="a random world's own simulator")
     axis.set(yticks=places, yticklabels=names, xlim=(-0.02, 1.02), ylim=(-1, len(names)),
              xlabel="hit@1 among all held-out frames")
     axis.grid(axis="x", alpha=0.3)

@@ -229,7 +229,7 @@ def test_action_odds_follow_the_weights(monkeypatch):
     np.testing.assert_allclose(counts, [0.25, 0, 0.75], atol=0.1)
 
 
-def test_half_of_the_time_what_is_ahead_is_toggled_or_picked_up(monkeypatch):
+def test_half_of_the_time_what_is_ahead_is_opened_or_picked_up(monkeypatch):
     counts = {}
     for odds in (0, 0.5):
         monkeypatch.setattr(collect, "INTERACT_ODDS", odds)

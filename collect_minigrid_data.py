@@ -45,7 +45,7 @@ import numpy as np
 from minigrid.core.actions import Actions
 from minigrid.core.constants import DIR_TO_VEC
 from minigrid.core.grid import Grid
-from minigrid.core.world_object import Door, Goal, Wall, WorldObj
+from minigrid.core.world_object import Door, Goal, Lava, Wall, WorldObj
 from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
 from tqdm import tqdm
@@ -66,7 +66,7 @@ INTERACT_ODDS = 0.5               # that a shut door ahead is opened, or with em
                                   # ahead picked up, or that at an open door, unless the agent is
                                   # about to enter, one of pickup, drop and toggle is tried: purely
                                   # at random, one step in 1,400 toggles a door of DoorKey
-WARM_UP_STEPS = 600               # where every episode starts in the same place, or there are keys,
+WARM_UP_STEPS = 500               # where every episode starts in the same place, or there are keys,
                                   # doors and so on, so few steps do not lead far: there, 0 to so
                                   # many random steps go unrecorded first
 DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz
@@ -239,37 +239,50 @@ def draw_actions(rng, odds, length: int):
 def choose(world: MiniGridEnv, action: int, interacts: bool, other: int) -> int:
     """`action`, or if `interacts`, the one that opens or picks up what is ahead, if it can be, and
     `other` at an open door."""
-    x, y = world.agent_pos + world.dir_vec
-    if interacts and 0 <= x < world.width and 0 <= y < world.height:
-        thing = world.grid.get(x, y)
-        if isinstance(thing, Door) and not (thing.is_open and action == Actions.forward):
-            return other if thing.is_open else int(Actions.toggle)
-        if thing and thing.can_pickup() and not world.carrying:
-            return int(Actions.pickup)
+    thing = thing_ahead(world) if interacts else None
+    if isinstance(thing, Door) and not (thing.is_open and action == Actions.forward):
+        return other if thing.is_open else int(Actions.toggle)
+    if thing and thing.can_pickup() and not world.carrying:
+        return int(Actions.pickup)
     return action
+
+
+def thing_ahead(world: MiniGridEnv) -> WorldObj | None:
+    x, y = world.agent_pos + world.dir_vec
+    return world.grid.get(x, y) if 0 <= x < world.width and 0 <= y < world.height else None
+
+
+def begin(env, seed: int, episode: int, odds, far: bool):
+    """Reset and, if `far`, take 0 to WARM_UP_STEPS turns, steps and what `choose` makes of them, but
+    for steps onto a goal or into lava. The environment's clock is at 0 then. -> its image"""
+    world, image = env.unwrapped, env.reset(seed=env_seed(seed, episode))[0]
+    moves = odds * (np.arange(len(odds)) <= Actions.forward)
+    odds = moves / moves.sum() if moves.any() else odds
+    rng = np.random.default_rng((seed, episode, 1))
+    for action in draw_actions(rng, odds, rng.integers(far * WARM_UP_STEPS + 1)):
+        action = choose(world, *action)
+        if action != Actions.forward or not isinstance(thing_ahead(world), Goal | Lava):
+            image, _, *over, _ = env.step(action)
+            world.step_count = 0
+            if any(over):
+                image, _ = env.reset(seed=env_seed(seed, episode))
+    return image
 
 
 def step_episodes(env, episodes, max_steps: int, seed: int) -> tuple:
     """Run the random policy. Returns (recorder, rows of TRANSITION, the states that the episodes'
     records begin with). Where episodes start in one place, or there are things to move or open,
-    records begin after 0 to WARM_UP_STEPS unrecorded steps, and not so many that the environment
-    would cut the record short."""
+    `begin` takes steps first."""
     recorder, rows, first, world, odds = Recorder(), [], [], env.unwrapped, action_odds(env)
     starts, things = set(), set()
     for number in range(4 * bool(WARM_UP_STEPS)):
         env.reset(seed=number)
         starts.add((*world.agent_pos, world.agent_dir))
         things.update(map(type, world.grid.grid))
-    far = len(starts) == 1 or things - {type(None), Wall, Goal}
+    far = len(starts) == 1 or bool(things - {type(None), Wall, Goal})
     for episode in episodes:
-        rng, warm_rng = (np.random.default_rng((seed, episode, *more)) for more in ((), (1,)))
-        image, _ = env.reset(seed=env_seed(seed, episode))
-        longest = max(0, min(WARM_UP_STEPS, world.max_steps - max_steps)) if far else 0
-        for action in draw_actions(warm_rng, odds, warm_rng.integers(longest + 1)):
-            image, _, *over, _ = env.step(choose(world, *action))
-            if any(over):
-                image, _ = env.reset(seed=env_seed(seed, episode))
-        state, hand = recorder.look(world, episode, image)
+        rng = np.random.default_rng((seed, episode))
+        state, hand = recorder.look(world, episode, begin(env, seed, episode, odds, far))
         first.append(state)
         own = []
         for step, action in enumerate(draw_actions(rng, odds, max_steps), start=1):

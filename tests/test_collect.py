@@ -65,13 +65,20 @@ def begin(env, steps, seed, episode):
         env.reset(seed=number)
         starts.add((*env.unwrapped.agent_pos, env.unwrapped.agent_dir))
         kinds |= {*env.unwrapped.grid.encode()[..., 0].flat}
-    odds = collect.action_odds(env)
+    far = len(starts) == 1 or kinds - {1, 2, 8}  # empty, wall, goal
     rng = np.random.default_rng((seed, episode, 1))
     image, _ = env.reset(seed=collect.env_seed(seed, episode))
-    longest = max(0, min(collect.WARM_UP_STEPS, env.unwrapped.max_steps - steps))
-    longest = longest if len(starts) == 1 or kinds - {1, 2, 8} else 0  # empty, wall, goal
-    for action in collect.draw_actions(rng, odds, rng.integers(longest + 1)):
-        image, _, terminated, truncated, _ = env.step(collect.choose(env.unwrapped, *action))
+    odds = collect.action_odds(env)
+    odds[3:] = 0
+    actions = collect.draw_actions(
+        rng, odds / odds.sum(), rng.integers((collect.WARM_UP_STEPS if far else 0) + 1))
+    for action in actions:
+        action, ahead = collect.choose(env.unwrapped, *action), tuple(env.unwrapped.front_pos)
+        if action == 2 and env.unwrapped.grid.get(*ahead) and (
+                env.unwrapped.grid.get(*ahead).type in ("goal", "lava")):
+            continue
+        image, _, terminated, truncated, _ = env.step(action)
+        env.unwrapped.step_count = 0
         if terminated or truncated:
             image = env.reset(seed=collect.env_seed(seed, episode))[0]
     return image
@@ -360,7 +367,7 @@ def test_nobody_elses_file_is_replaced(small, tmp_path, content):
     ("NUM_EPISODES", 4, "NUM_EPISODES was 5, now 4"), ("TILE_SIZE", 3, "TILE_SIZE was 4, now 3"),
     ("MAX_STEPS_PER_EPISODE", 9, "MAX_STEPS_PER_EPISODE was 8, now 9"),
     ("SEED", 3, "SEED was 0, now 3"), ("INTERACT_ODDS", 0, "INTERACT_ODDS was 0.5, now 0"),
-    ("WARM_UP_STEPS", 0, "WARM_UP_STEPS was 600, now 0"),
+    ("WARM_UP_STEPS", 0, "WARM_UP_STEPS was 500, now 0"),
     ("ENV_ID", "X-v0", "ENV_ID was MiniGrid-FourRooms-v0, now X-v0"),
     ("ACTION_WEIGHTS", (1,) * 7, r"ACTION_WEIGHTS was \[0.15, .*, now \[1.0, "),
     ("NUM_WORKERS", 2, None),

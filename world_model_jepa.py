@@ -24,7 +24,8 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 15
+CHECKPOINT_FORMAT = 16
+KINDS = 32  # of patches that maps show, at most
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
@@ -69,7 +70,8 @@ def slow_features(x, share, index, number, limit=0.3):
     x (P, C) centred features of patches, share (P,) how often each occurs, index (N, 2, h, w) into
     them, pairs of frames -> slow (C, number): x @ slow are the first principal components of what
     is kept, of total variance 1. And fast (C, C): x @ fast is what is taken out, its directions
-    scaled towards equal variance, so that the rare counts for more."""
+    scaled towards equal variance, so that the rare counts for more, and orthogonal to these
+    components: a key is no agent, whatever filters see both."""
     size, axes = torch.linalg.eigh(x.T * share @ x)
     size, axes = (part[..., size > 1e-6 * size[-1]] for part in (size, axes))
     white, unwhite = axes * size.rsqrt(), (axes * size.sqrt()).T        # (C, R), (R, C)
@@ -82,8 +84,9 @@ def slow_features(x, share, index, number, limit=0.3):
     kept = white @ directions * keep @ directions.T @ unwhite
     fast = axes * (size + 0.1 * size[-1:]).rsqrt() @ directions * (1 - keep) @ axes.T
     y = x @ kept
-    size, axes = torch.linalg.eigh(y.T * share @ y)
-    return kept @ axes[:, -number:] / (size.sum() + 1e-9).sqrt(), fast
+    left, axes = torch.linalg.eigh(y.T * share @ y)
+    axes, told = axes[:, -number:], left[-number:] > 1e-8 * size.sum()
+    return kept @ axes / (left.sum() + 1e-9).sqrt(), fast - axes * told @ axes.T @ fast
 
 
 class ConvEncoder(nn.Module):
@@ -99,7 +102,7 @@ class ConvEncoder(nn.Module):
     Raises ValueError where the sizes do not fit."""
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
-                 channels=24, features=8, moving_dim=48, filters=64):
+                 channels=24, features=8, moving_dim=48, filters=128):
         super().__init__()
         height, width = image_size
         if height % patch_size or width % patch_size:
@@ -170,7 +173,7 @@ class ConvEncoder(nn.Module):
         """Images put together from patches (P, C, p, p) as index (B, h, w) says -> latents (B,
         latent_dim), each distinct patch looked at once. looks: what look_slowly says of them."""
         slow, mobility = self.look_slowly(patches) if looks is None else looks
-        x = self.look(self.convolution, patches) * mobility.clamp_max(1).square()[:, None]
+        x = self.look(self.convolution, patches) * mobility.clamp_max(1).pow(3)[:, None]
         profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)    # (B, h + w, channels)
         moving = self.moving(profiles.flatten(1))
         return join(moving, self.lay_out(F.embedding(index.flatten(1), slow).flatten(1)))
@@ -201,7 +204,7 @@ class LatentDynamics(nn.Module):
     nothing changes."""
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
-                 features=8, kinds=32, groups=16, classes=32, action_dim=16):
+                 features=8, kinds=KINDS, groups=16, classes=32, action_dim=16):
         super().__init__()
         static_dim = latent_dim - moving_dim
         self.local = True       # a step leads to one of the nine places around what moves
@@ -220,7 +223,7 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
         self.change = nn.Sequential(
-            nn.Linear(moving_dim + action_dim + 10 * features, hidden_dim // 2), nn.SiLU(),
+            nn.Linear(moving_dim + action_dim + 9 * features + KINDS, hidden_dim // 2), nn.SiLU(),
             nn.Linear(hidden_dim // 2, 9 * features))
 
     def choose_kinds(self, x, share, still):
@@ -265,21 +268,21 @@ class LatentDynamics(nn.Module):
         """One action in a map that is given: moving (..., M), static (..., S), kind (..., h * w),
         action (...), whose leading shapes broadcast with the others' -> after (..., M), unit norm;
         static (..., S); over (..., 1): does all stay instead?; place (..., 9): see point; around
-        (..., 9, features): what then stands there. For that the map's sum counts too, since what is
-        missing may be in hand. No gradient leads from there to the encoder."""
+        (..., 9, features): what then stands there. For that it also matters how many places of each
+        kind there are, as what is missing may be in hand. No gradient leads from there to the
+        encoder."""
         place, action = self.point(moving), self.action_embedding(action)
-        maps = kind.reshape(math.prod(kind.shape[:-1]), kind.shape[-1])
-        total = F.embedding_bag(maps, self.kinds, mode="sum") / math.sqrt(kind.shape[-1])
-        total = total.view(*kind.shape[:-1], total.shape[-1])           # (..., features)
+        number = self.kinds.new_zeros(*kind.shape[:-1], KINDS)
+        number.scatter_add_(-1, kind, number.new_ones(kind.shape)).log1p_()
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
-        moving, static, kind, place, action, total = (x.expand(*shape, -1) for x in (
-            moving, static, kind, place, action, total))
+        moving, static, kind, place, action, number = (x.expand(*shape, -1) for x in (
+            moving, static, kind, place, action, number))
         here = kind.gather(-1, place)                                   # (..., 9)
         seen = self.kinds[here]
         known = torch.cat([moving, action, seen.flatten(-2)], -1)
         code = self.mlp(known).unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
         after = F.normalize(self.codebook(code), dim=-1)
-        change = self.change(torch.cat([known.detach(), total], -1))
+        change = self.change(torch.cat([known.detach(), number], -1))
         around = seen + change.unflatten(-1, (9, -1))
         # What moves hides what it stands on: nothing is written there.
         hidden = place == self.point(after * math.sqrt(after.shape[-1]))[..., 4:5]
@@ -312,7 +315,7 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512, kinds=32):
+                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512, kinds=KINDS):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.arguments = {**arguments, "image_size": tuple(image_size)}     # what rebuilds it

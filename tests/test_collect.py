@@ -58,7 +58,7 @@ def small(tmp_path, monkeypatch):
     return run
 
 
-def begin(env, steps, seed, episode):
+def begin(env, seed, episode):
     """Reset, and warm up where the collector says so; returns the first image of the record."""
     starts, kinds = set(), set()
     for number in range(4):
@@ -68,11 +68,8 @@ def begin(env, steps, seed, episode):
     far = len(starts) == 1 or kinds - {1, 2, 8}  # empty, wall, goal
     rng = np.random.default_rng((seed, episode, 1))
     image, _ = env.reset(seed=collect.env_seed(seed, episode))
-    odds = collect.action_odds(env)
-    odds[3:] = 0
-    actions = collect.draw_actions(
-        rng, odds / odds.sum(), rng.integers((collect.WARM_UP_STEPS if far else 0) + 1))
-    for action in actions:
+    steps = rng.integers((collect.WARM_UP_STEPS if far else 0) + 1)
+    for action in collect.draw_actions(rng, collect.action_odds(env), steps):
         action, ahead = collect.choose(env.unwrapped, *action), tuple(env.unwrapped.front_pos)
         if action == 2 and env.unwrapped.grid.get(*ahead) and (
                 env.unwrapped.grid.get(*ahead).type in ("goal", "lava")):
@@ -89,7 +86,7 @@ def assert_same_as_stock(env_id, data, steps, tile_size, seed):
     stock = ImgObsWrapper(RGBImgObsWrapper(gym.make(env_id), tile_size))
     env, frames, t, seen = stock.unwrapped, data["frames"], 0, set()
     for e, episode in enumerate(np.unique(data["episode"])):
-        image = begin(stock, steps, seed, int(episode))
+        image = begin(stock, seed, int(episode))
         np.testing.assert_array_equal(frames[data["first_index"][e]], image)
         for step in range(1, steps + 1):
             grid, hand = env.grid.encode(), env.carrying

@@ -102,6 +102,8 @@ def effects(contents):
     z, begin = (train_jepa.encode_frames(model, data, f) for f in (now, first))
     moving, static_before = model.dynamics.parts(z)[0], model.dynamics.parts(begin)[1]
     row, column = np.divmod(model.dynamics.point(moving)[:, 4].numpy(), model.dynamics.grid[1])
+    right = (np.stack([column, row], 1) == data.agent_pos[t]).all(1)
+    of = np.unique(data.agent_pos[t], axis=0, return_inverse=True)[1].ravel()
     # Is a tile mostly of walls, of floor, or of goals? Then: what kind does the map show?
     cells = torch.from_numpy(data.grid[..., 0]).mT.flatten(1).long()    # (N, h * w)
     tiles = data.frame_tiles[data.obs_index].flatten(1).long()
@@ -115,7 +117,7 @@ def effects(contents):
     untrained = train_jepa.validate(start, data, held_out)
     found = {
         **contents["history"][-1], "untrained": untrained["hit@1"],
-        "pointing": np.mean((np.stack([column, row], 1) == data.agent_pos[t]).all(1)),
+        "pointing": np.mean(np.bincount(of, right) / np.bincount(of)),  # all cells alike
         "mobile": np.mean((np.stack(mobile, 1) == data.agent_pos[t]).all(1)),
         "map": (kinds.argmax(1)[shown] == cells[t].flatten()).float().mean().item(),
         "ends": [ends[cells[t] == kind].float().mean().item() for kind in (1, 2, 8)],

@@ -33,7 +33,7 @@ ENVIRONMENTS = [
     ("MiniGrid-LavaCrossingS9N2-v0", 60, 8, 5, "end"),
     ("MiniGrid-Dynamic-Obstacles-8x8-v0", 60, 4, 5, "end"),
     ("MiniGrid-KeyCorridorS3R3-v0", 100, 4, 2, "door"),
-    ("MiniGrid-ObstructedMaze-1Dlhb-v0", 150, 4, 3, "box"),
+    ("MiniGrid-ObstructedMaze-1Dlhb-v0", 150, 4, 20, "box"),
     ("BabyAI-Unlock-v0", 20, 4, 2, None),
     ("BabyAI-MiniBossLevel-v0", 20, 5, 2, None),
 ]

@@ -253,8 +253,8 @@ def thing_ahead(world: MiniGridEnv) -> WorldObj | None:
 
 
 def begin(env, seed: int, episode: int, odds, far: bool):
-    """Reset and, if `far`, take 0 to WARM_UP_STEPS random actions, but for steps onto a goal or into
-    lava. The environment's clock is at 0 then. -> its image"""
+    """Reset and, if `far`, take 0 to WARM_UP_STEPS random actions, but for steps onto a goal or
+    into lava. The environment's clock is at 0 then. -> its image"""
     world, image = env.unwrapped, env.reset(seed=env_seed(seed, episode))[0]
     rng = np.random.default_rng((seed, episode, 1))
     for action in draw_actions(rng, odds, rng.integers(far * WARM_UP_STEPS + 1)):

@@ -70,9 +70,9 @@ def begin(env, seed, episode):
     image, _ = env.reset(seed=collect.env_seed(seed, episode))
     steps = rng.integers((collect.WARM_UP_STEPS if far else 0) + 1)
     for action in collect.draw_actions(rng, collect.action_odds(env), steps):
-        action, ahead = collect.choose(env.unwrapped, *action), tuple(env.unwrapped.front_pos)
-        if action == 2 and env.unwrapped.grid.get(*ahead) and (
-                env.unwrapped.grid.get(*ahead).type in ("goal", "lava")):
+        action = collect.choose(env.unwrapped, *action)
+        ahead = env.unwrapped.grid.get(*env.unwrapped.front_pos)
+        if action == 2 and ahead and ahead.type in ("goal", "lava"):
             continue
         image, _, terminated, truncated, _ = env.step(action)
         env.unwrapped.step_count = 0

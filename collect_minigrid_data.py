@@ -68,7 +68,8 @@ INTERACT_ODDS = 0.5               # that a shut door ahead is opened, or with em
                                   # at random, one step in 1,400 toggles a door of DoorKey
 WARM_UP_STEPS = 500               # where every episode starts in the same place, or there are keys,
                                   # doors and so on, so few steps do not lead far: there, 0 to so
-                                  # many random steps go unrecorded first
+                                  # many random steps go unrecorded first, as far as the
+                                  # environment's own limit allows
 DATA_FILE = ""                    # "" means data/minigrid_<env>_random.npz
 # -------------------------------------------------------------------------------------------------
 
@@ -252,16 +253,16 @@ def thing_ahead(world: MiniGridEnv) -> WorldObj | None:
     return world.grid.get(x, y) if 0 <= x < world.width and 0 <= y < world.height else None
 
 
-def begin(env, seed: int, episode: int, odds, far: bool):
+def begin(env, seed: int, episode: int, odds, far: bool, steps: int):
     """Reset and, if `far`, take 0 to WARM_UP_STEPS random actions, but for steps onto a goal or
-    into lava. The environment's clock is at 0 then. -> its image"""
+    into lava, and fewer where else the environment's limit would not leave `steps`. -> its image"""
     world, image = env.unwrapped, env.reset(seed=env_seed(seed, episode))[0]
     rng = np.random.default_rng((seed, episode, 1))
-    for action in draw_actions(rng, odds, rng.integers(far * WARM_UP_STEPS + 1)):
+    most = far * max(0, min(WARM_UP_STEPS, world.max_steps - steps))
+    for action in draw_actions(rng, odds, rng.integers(most + 1)):
         action = choose(world, *action)
         if action != Actions.forward or not isinstance(thing_ahead(world), Goal | Lava):
             image, _, *over, _ = env.step(action)
-            world.step_count = 0
             if any(over):
                 image, _ = env.reset(seed=env_seed(seed, episode))
     return image
@@ -280,7 +281,7 @@ def step_episodes(env, episodes, max_steps: int, seed: int) -> tuple:
     far = len(starts) == 1 or bool(things - {type(None), Wall, Goal})
     for episode in episodes:
         rng = np.random.default_rng((seed, episode))
-        state, hand = recorder.look(world, episode, begin(env, seed, episode, odds, far))
+        state, hand = recorder.look(world, episode, begin(env, seed, episode, odds, far, max_steps))
         first.append(state)
         own = []
         for step, action in enumerate(draw_actions(rng, odds, max_steps), start=1):

@@ -313,26 +313,24 @@ def score_simulator(model, world, tile_size, device, layouts=50, draws=9):
 
 # ------------------------------------ 5. probes: which facts can a linear map read from the latent?
 def facts_of(labels):
-    """Labels frame_* of K frames -> {fact: (K, parts) int64}, known where all its parts are. `room
-    configuration` has a part for each cell: is it a wall, a door, lava, or none of them?"""
+    """Labels frame_* of K frames -> {fact: (K, parts) int64}, known where all its parts are. Three
+    have a part for each cell: is it a wall, a door, lava, or none of them; how open is the door
+    there; and does a key, a ball or a box lie there?"""
     grid = labels["frame_grid"]
     kind, _, state = grid.reshape(len(grid), -1, 3).transpose(2, 0, 1).astype(int)
 
-    def cell_of(thing):  # -1: not on the grid
-        there = kind == OBJECT_TO_IDX[thing]
-        return np.where(there.any(1), there.argmax(1), -1)
+    def kinds(*things):  # 0: none of them
+        return np.where(np.isin(kind, [OBJECT_TO_IDX[thing] for thing in things]), kind, 0)
 
-    fixed = np.isin(kind, [OBJECT_TO_IDX[thing] for thing in ("wall", "door", "lava")])
-    doors = kind == OBJECT_TO_IDX["door"]
-    first = np.argsort(~doors, axis=1, kind="stable")[:, :max(1, doors.sum(1).max())]
+    goal = kinds("goal")
     facts = {
         "agent cell": labels["frame_agent_pos"] @ (grid.shape[2], 1),
         "agent direction": labels["frame_agent_dir"],
-        "goal cell": cell_of("goal"),
-        "room configuration": np.where(fixed, kind, 0),
-        "key cell": cell_of("key"),
+        "goal cell": np.where(goal.any(1), goal.argmax(1), -1),         # -1: not on the grid
+        "room configuration": kinds("wall", "door", "lava"),
+        "door states": np.where(kinds("door"), state, -1),
+        "objects": kinds("key", "ball", "box"),
         "carried object": labels["frame_carrying"].astype(int) @ (16, 1),
-        "door states": np.take_along_axis(np.where(doors, state, -1), first, 1),
     }
     return {name: fact.reshape(len(grid), -1) for name, fact in facts.items()}
 

@@ -58,8 +58,9 @@ def small(tmp_path, monkeypatch):
     return run
 
 
-def begin(env, seed, episode):
-    """Reset, and warm up where the collector says so; returns the first image of the record."""
+def begin(env, seed, episode, steps):
+    """Reset, and warm up where the collector says so and the environment's limit leaves `steps`;
+    returns the first image of the record."""
     starts, kinds = set(), set()
     for number in range(4):
         env.reset(seed=number)
@@ -68,14 +69,13 @@ def begin(env, seed, episode):
     far = len(starts) == 1 or kinds - {1, 2, 8}  # empty, wall, goal
     rng = np.random.default_rng((seed, episode, 1))
     image, _ = env.reset(seed=collect.env_seed(seed, episode))
-    steps = rng.integers((collect.WARM_UP_STEPS if far else 0) + 1)
-    for action in collect.draw_actions(rng, collect.action_odds(env), steps):
+    most = max(0, min(500, env.unwrapped.max_steps - steps)) if far else 0
+    for action in collect.draw_actions(rng, collect.action_odds(env), rng.integers(most + 1)):
         action = collect.choose(env.unwrapped, *action)
         ahead = env.unwrapped.grid.get(*env.unwrapped.front_pos)
         if action == 2 and ahead and ahead.type in ("goal", "lava"):
             continue
         image, _, terminated, truncated, _ = env.step(action)
-        env.unwrapped.step_count = 0
         if terminated or truncated:
             image = env.reset(seed=collect.env_seed(seed, episode))[0]
     return image
@@ -86,7 +86,7 @@ def assert_same_as_stock(env_id, data, steps, tile_size, seed):
     stock = ImgObsWrapper(RGBImgObsWrapper(gym.make(env_id), tile_size))
     env, frames, t, seen = stock.unwrapped, data["frames"], 0, set()
     for e, episode in enumerate(np.unique(data["episode"])):
-        image = begin(stock, seed, int(episode))
+        image = begin(stock, seed, int(episode), steps)
         np.testing.assert_array_equal(frames[data["first_index"][e]], image)
         for step in range(1, steps + 1):
             grid, hand = env.grid.encode(), env.carrying

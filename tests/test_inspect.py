@@ -238,8 +238,9 @@ def test_facts_of_a_handmade_world():
     labels["frame_grid"][1, 1, 3] = 4, 4, 0
     facts = {k: v.tolist() for k, v in inspection.facts_of(labels).items()}
     assert facts["agent cell"] == [[6], [8]] and facts["agent direction"] == [[3], [0]]
-    assert facts["goal cell"] == [[11], [11]] and facts["key cell"] == [[5], [-1]]
-    assert facts["door states"] == [[2], [0]] and facts["carried object"] == [[16], [84]]
+    assert facts["goal cell"] == [[11], [11]] and facts["carried object"] == [[16], [84]]
+    assert facts["objects"] == [[0] * 5 + [5] + [0] * 6, [0] * 12]
+    assert facts["door states"] == [[-1] * 7 + [2] + [-1] * 4, [-1] * 7 + [0] + [-1] * 4]
     assert facts["room configuration"][0] == [2, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0]
 
 

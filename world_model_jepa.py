@@ -24,14 +24,13 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 16
+CHECKPOINT_FORMAT = 17
 KINDS = 32  # of patches that maps show, at most
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
 def join(moving, static):
-    """(..., M) and (..., S) -> (..., M + S) of unit norm, both parts of equal norm; their leading
-    shapes broadcast."""
+    """(..., M), (..., S) -> (..., M + S) of unit norm, both parts of equal norm; they broadcast."""
     shape = torch.broadcast_shapes(moving.shape[:-1], static.shape[:-1])
     parts = (F.normalize(x, dim=-1).expand(*shape, -1) for x in (moving, static))
     return torch.cat(list(parts), -1) * math.sqrt(0.5)
@@ -45,35 +44,26 @@ def cut(obs, patch_size):
     return patches, index.view(B, H // patch_size, W // patch_size)
 
 
-def maxima(features, lines):
-    """Features of patches (P, C), lines (B, n, length) of patches -> (B, n, C): each line's maxima.
-    Each kind of line is looked at once; kinds are told apart by the sums of random numbers of 62
-    bits, one for each patch: for a maximum their order is nothing."""
-    generator = torch.Generator().manual_seed(0)
-    number = torch.randint(2**62, (len(features),), generator=generator).to(lines.device)
-    kinds, kind = number[lines].sum(-1).unique(return_inverse=True)     # (K,), (B, n)
-    every = torch.arange(kind.numel(), device=lines.device)
-    example = torch.empty_like(kinds).scatter_(0, kind.flatten(), every)
-    lines = lines.flatten(0, 1)[example]                                # (K, length)
-    return F.embedding(kind, F.embedding(lines, features).max(1).values)
+def components(x, share):
+    """Features of patches (P, C), centred, share (P,) how often each occurs -> variance (R,), axes
+    (C, R): the principal components that are more than rounding."""
+    size, axes = torch.linalg.eigh(x.T * share @ x)
+    kept = size > 1e-6 * size[-1]
+    return size[kept], axes[:, kept]
 
 
 def slow_features(x, share, index, number, limit=0.3):
     """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches mostly
-    stays the same within episodes? Walls, goals, keys and doors do; the agent, and the light that
-    MiniGrid draws on what it sees, do not.
+    stays the same within episodes? Walls, goals, keys and doors do; the agent and its light do not.
 
-    The change of a direction in feature space is how much it differs at one place between two
-    frames of an episode, squared, on average and for unit variance: 0 for what always stays, 2 for
-    what comes and goes at random. Each direction is kept by 1 / (1 + (change / limit)^8) of itself.
+    The change of a direction is how much it differs at one place between two frames of an episode,
+    squared, on average and for unit variance: 0 for what always stays, 2 for what comes and goes at
+    random. Each direction is kept by 1 / (1 + (change / limit)^8) of itself.
 
-    x (P, C) centred features of patches, share (P,) how often each occurs, index (N, 2, h, w) into
-    them, pairs of frames -> slow (C, number): x @ slow are the first principal components of what
-    is kept, of total variance 1. And fast (C, C): x @ fast is what is taken out, its directions
-    scaled towards equal variance, so that the rare counts for more, and orthogonal to these
-    components: a key is no agent, whatever filters see both."""
-    size, axes = torch.linalg.eigh(x.T * share @ x)
-    size, axes = (part[..., size > 1e-6 * size[-1]] for part in (size, axes))
+    x, share: see components, index (N, 2, h, w) into them, pairs of frames -> slow (C, number): x @
+    slow are the first principal components of what is kept, of total variance 1. And taken (P,):
+    how much is taken out of each patch, scaled so that the rare counts for more."""
+    size, axes = components(x, share)
     white, unwhite = axes * size.rsqrt(), (axes * size.sqrt()).T        # (C, R), (R, C)
     change, y = 0, x @ white                                            # (P, R), unit variance
     for some in index.split(8):
@@ -81,28 +71,44 @@ def slow_features(x, share, index, number, limit=0.3):
         change = change + difference.T @ difference / index[:, 0].numel()
     change, directions = torch.linalg.eigh(change)
     keep = 1 / (1 + (change / limit) ** 8)
+    taken = x @ (axes * (size + 0.1 * size[-1:]).rsqrt()) @ directions * (1 - keep)
     kept = white @ directions * keep @ directions.T @ unwhite
-    fast = axes * (size + 0.1 * size[-1:]).rsqrt() @ directions * (1 - keep) @ axes.T
     y = x @ kept
     left, axes = torch.linalg.eigh(y.T * share @ y)
-    axes, told = axes[:, -number:], left[-number:] > 1e-8 * size.sum()
-    return kept @ axes / (left.sum() + 1e-9).sqrt(), fast - axes * told @ axes.T @ fast
+    return kept @ axes[:, -number:] / (left.sum() + 1e-9).sqrt(), taken.square().sum(1)
+
+
+def moving_features(x, share, moves):
+    """Linear discriminant (Fisher 1936): directions of unit variance, times the part of it that is
+    due to what moves. So all else is about 0, also a key that comes into the agent's light.
+
+    x, share: see components, moves (P,): how often each patch is what moves -> (C, C)."""
+    size, axes = components(x, share)
+    white = axes * size.rsqrt()
+    part, directions = torch.linalg.eigh((x @ white).T * moves @ (x @ white))
+    return white @ directions * part @ axes.T
+
+
+def assign(x, kinds):
+    """Slow features (..., features, N) -> log-probabilities of the kinds (..., kinds, N), by minus
+    twice the squared distance."""
+    return (4 * kinds @ x - 2 * kinds.square().sum(1, keepdim=True)).log_softmax(-2)
 
 
 class ConvEncoder(nn.Module):
     """A small CNN: (B, in_channels, H, W) float in [0, 1] -> (B, latent_dim), unit norm. Its
     convolutions look at each `patch_size` x `patch_size` patch by itself. Two readouts follow:
 
-    - the moving part (first `moving_dim` dims) reads each channel's maximum over every row and over
-      every column, of what is mobile: one step of the agent is the same small change everywhere.
-    - the static part is a linear map of `features` slow features at every place, which can keep
-      each wall and gap, and their sums over all places: what is there, wherever it is. Their
-      convolution stays as it began (as the patch projection of MoCo v3: Chen et al. 2021).
+    - the moving part (first `moving_dim` dims) reads each channel's sum over every row and every
+      column, of what is mobile: one step of the agent is the same small change everywhere.
+    - the static part is a linear map of what kind of patch, by `features` slow features, stands at
+      every place, and their sums over all places: what is there, wherever it is. Their convolution
+      stays as it began (as the patch projection of MoCo v3: Chen et al. 2021).
 
     Raises ValueError where the sizes do not fit."""
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
-                 channels=24, features=8, moving_dim=48, filters=128):
+                 channels=24, features=8, moving_dim=48, kinds=KINDS, filters=128):
         super().__init__()
         height, width = image_size
         if height % patch_size or width % patch_size:
@@ -118,9 +124,9 @@ class ConvEncoder(nn.Module):
         self.fixed.requires_grad_(False)
         self.register_buffer("average", torch.zeros(filters))        # over the data's patches
         self.register_buffer("slow", torch.eye(filters, features))   # see slow_features
-        self.register_buffer("fast", torch.eye(filters))
-        self.register_buffer("mobile", torch.ones(()))  # a frame's largest mobility, on average
-        self.register_buffer("usual", torch.zeros(h * w, features))  # slow features, average frame
+        self.register_buffer("fast", torch.eye(filters))             # see moving_features
+        self.register_buffer("kinds", torch.randn(kinds, features))  # see choose_kinds
+        self.register_buffer("usual", torch.zeros(h * w, features))  # of kinds, the average frame
         self.moving = nn.Linear(channels * (h + w), moving_dim)
         self.static = nn.Linear(features * h * w, latent_dim - moving_dim - features)
 
@@ -130,7 +136,7 @@ class ConvEncoder(nn.Module):
         filters of whitened patches (Coates, Ng & Lee 2011), to which all patches are about equally
         far apart: a closed door in the dark differs from floor by a tenth of the range.
 
-        patches, index: see sample_patches. Returns what choose_kinds takes."""
+        patches, index: see sample_patches."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
@@ -143,17 +149,32 @@ class ConvEncoder(nn.Module):
         share = torch.bincount(index.flatten(), minlength=len(x)) / index.numel()
         self.average = share @ x
         x -= self.average
-        slow, fast = slow_features(x.double(), share.double(), index, self.slow.shape[1])
-        self.slow, self.fast = slow.float(), fast.float()
-        mobility = (x @ self.fast).square().sum(1)
-        most, place = mobility[index].flatten(-2).max(-1)               # (N, 2)
-        self.mobile = most.mean() + 1e-9
-        moves = index.flatten(-2).gather(-1, place[..., None]).flatten().bincount(minlength=len(x))
+        slow, taken = slow_features(x.double(), share.double(), index, self.slow.shape[1])
+        place = taken[index].flatten(-2).argmax(-1, keepdim=True)       # (N, 2, 1): what moves
+        moves = index.flatten(-2).gather(-1, place).flatten().bincount(minlength=len(x))
+        fast = moving_features(x.double(), share.double(), moves / index.numel())
+        mobility = (x.double() @ fast).square().sum(1)
+        most = mobility[index].flatten(-2).amax(-1).median() + 1e-9
+        self.slow, self.fast = slow.float(), (fast / most.sqrt()).float()
         x = x @ self.slow
-        self.usual = F.embedding(index[:, 0].flatten(1), x).mean(0)
         known = share * index.numel() - moves > 1e-3 * moves.sum()      # not rare,
         known |= share[known].sum() < 0.5                               # unless all patches are
-        return x, share, (1 - mobility / self.mobile).clamp_min(0) * known
+        self.choose_kinds(x, share, (1 - mobility / most).clamp_min(0) * known)
+        self.usual = F.embedding(index[:, 0].flatten(1), self.quantise(x)).mean(0)
+
+    def choose_kinds(self, x, share, still):
+        """Picks, of patches' slow features (P, features), at most `kinds` that are far apart, by
+        farthest-first traversal (Gonzalez 1985). A kind is then the average of the patches nearest
+        to it. share (P,): how often each occurs, still (P,): 0 for what moves or is rare, to 1."""
+        chosen, distance = [still.argmax().item()], torch.full_like(still, math.inf)
+        while len(chosen) < len(self.kinds):
+            distance = distance.minimum(still * (x - x[chosen[-1]]).square().sum(1))
+            if distance.max() < 0.5:                                    # of the variance of all
+                break
+            chosen.append(distance.argmax().item())
+        nearest = torch.cat([torch.cdist(some, x[chosen]).argmin(1) for some in x.split(4096)])
+        own = F.one_hot(nearest, len(chosen)).T * share                 # (kinds, P)
+        self.kinds = own @ x / own.sum(1, keepdim=True)
 
     def look(self, convolution, patches):
         """(P, C, p, p) -> features (P, channels): convolution, layer norm, ReLU."""
@@ -162,9 +183,14 @@ class ConvEncoder(nn.Module):
 
     def look_slowly(self, patches):
         """(P, C, p, p) -> slow features (P, features), 0 for the average, and mobility (P,): how
-        much there is of what comes and goes, 1 for a frame's largest, on average."""
+        much there is of what moves, 1 for a frame's largest, mostly."""
         x = self.look(self.fixed, patches) - self.average
-        return x @ self.slow, (x @ self.fast).square().sum(1) / self.mobile
+        return x @ self.slow, (x @ self.fast).square().sum(1)
+
+    def quantise(self, slow):
+        """Slow features (P, features) -> averages of the kinds they are assigned to: a key in the
+        light is the same key (vector quantisation, here soft: van den Oord et al. 2017)."""
+        return assign(slow.T, self.kinds).exp().T @ self.kinds
 
     def forward(self, obs):
         return self.from_patches(*cut(obs, self.patch_size))
@@ -173,10 +199,11 @@ class ConvEncoder(nn.Module):
         """Images put together from patches (P, C, p, p) as index (B, h, w) says -> latents (B,
         latent_dim), each distinct patch looked at once. looks: what look_slowly says of them."""
         slow, mobility = self.look_slowly(patches) if looks is None else looks
-        x = self.look(self.convolution, patches) * mobility.clamp_max(1).pow(3)[:, None]
-        profiles = torch.cat([maxima(x, index), maxima(x, index.mT)], 1)    # (B, h + w, channels)
-        moving = self.moving(profiles.flatten(1))
-        return join(moving, self.lay_out(F.embedding(index.flatten(1), slow).flatten(1)))
+        x = self.look(self.convolution, patches) * mobility.clamp_max(1)[:, None]
+        seen = F.embedding(index, x)                                    # (B, h, w, channels)
+        moving = self.moving(torch.cat([seen.sum(2), seen.sum(1)], 1).flatten(1))
+        shown = F.embedding(index.flatten(1), self.quantise(slow))
+        return join(moving, self.lay_out(shown.flatten(1)))
 
     def lay_out(self, shown):
         """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm. Its
@@ -192,16 +219,13 @@ class LatentDynamics(nn.Module):
 
     The dynamics look first (as DRAW: Gregor et al. 2015), so that "the way ahead is free" is one
     rule for all places: `to_place` points at the place of what moves, `to_map` unfolds the static
-    part into a map of kinds of patches, and the MLP sees the 3 x 3 places around.
-
-    The moving part becomes a new code: the MLP chooses, softly, one of `classes` in each of
-    `groups`, and the latent is the sum of what a codebook holds for them (categorical latents:
-    Hafner et al. 2021). Small errors of the input die out instead of adding up.
+    part into a map of kinds of patches, and the MLP sees the 3 x 3 places around. It chooses,
+    softly, one of `classes` in each of `groups`, and the next moving part is the sum of what a
+    codebook holds for them (categorical latents: Hafner et al. 2021): small errors die out.
 
     The static part stays, unless `change` says that another kind than before stands at one of the
     nine places: a key that is picked up is gone. Then that is written into the map, of which the
-    encoder makes a static part (`lay_out`). Where the kind at the place itself `ends` an episode,
-    nothing changes."""
+    encoder makes a static part (`lay_out`). Where a kind `ends` an episode, nothing changes."""
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
                  features=8, kinds=KINDS, groups=16, classes=32, action_dim=16):
@@ -214,7 +238,7 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim // 2, sum(grid)))
         self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
-        self.register_buffer("kinds", torch.zeros(kinds, features))     # see choose_kinds
+        self.register_buffer("kinds", torch.zeros(kinds, features))     # as the encoder's
         self.register_buffer("ends", torch.zeros(kinds, dtype=torch.bool))  # see find_ends
         self.mlp = nn.Sequential(
             nn.Linear(moving_dim + action_dim + 9 * features, hidden_dim),
@@ -226,35 +250,13 @@ class LatentDynamics(nn.Module):
             nn.Linear(moving_dim + action_dim + 9 * features + KINDS, hidden_dim // 2), nn.SiLU(),
             nn.Linear(hidden_dim // 2, 9 * features))
 
-    def choose_kinds(self, x, share, still):
-        """Picks, of patches' slow features (P, features), at most `kinds` that are far apart from
-        each other, by farthest-first traversal (Gonzalez 1985). A kind is then the average of the
-        patches nearest to it: a key in the light and in the dark. share (P,): how often each
-        occurs, still (P,): 0 for what moves or is rare, else up to 1. Returns how many."""
-        chosen, distance = [still.argmax().item()], torch.full_like(still, math.inf)
-        while len(chosen) < len(self.kinds):
-            distance = distance.minimum(still * (x - x[chosen[-1]]).square().sum(1))
-            if distance.max() < 0.5:                                    # of the variance of all
-                break
-            chosen.append(distance.argmax().item())
-        nearest = torch.cat([torch.cdist(some, x[chosen]).argmin(1) for some in x.split(4096)])
-        own = F.one_hot(nearest, len(chosen)).T * share                 # (kinds, P)
-        self.kinds = own @ x / own.sum(1, keepdim=True)
-        self.ends = torch.zeros(len(chosen), dtype=torch.bool)
-        return len(chosen)
-
     def parts(self, z):
         """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
         return [x * math.sqrt(2 * x.shape[-1]) for x in z.split(self.split, -1)]
 
     def tell(self, static):
         """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where?"""
-        return self.assign(self.to_map(static).unflatten(-1, (-1, math.prod(self.grid))))
-
-    def assign(self, x):
-        """Slow features (..., features, N) -> log-probabilities of the kinds (..., kinds, N), by
-        minus twice the squared distance."""
-        return (4 * self.kinds @ x - 2 * self.kinds.square().sum(1, keepdim=True)).log_softmax(-2)
+        return assign(self.to_map(static).unflatten(-1, (-1, math.prod(self.grid))), self.kinds)
 
     def point(self, moving):
         """(..., M) -> (..., 9) int64: the place of what moves and those around it, row by row (past
@@ -268,9 +270,8 @@ class LatentDynamics(nn.Module):
         """One action in a map that is given: moving (..., M), static (..., S), kind (..., h * w),
         action (...), whose leading shapes broadcast with the others' -> after (..., M), unit norm;
         static (..., S); over (..., 1): does all stay instead?; place (..., 9): see point; around
-        (..., 9, features): what then stands there. For that it also matters how many places of each
-        kind there are, as what is missing may be in hand. No gradient leads from there to the
-        encoder."""
+        (..., 9, features): what then stands there, which also depends on how many places of each
+        kind there are: what is missing may be in hand. It teaches the encoder nothing."""
         place, action = self.point(moving), self.action_embedding(action)
         number = self.kinds.new_zeros(*kind.shape[:-1], KINDS)
         number.scatter_add_(-1, kind, number.new_ones(kind.shape)).log1p_()
@@ -286,7 +287,7 @@ class LatentDynamics(nn.Module):
         around = seen + change.unflatten(-1, (9, -1))
         # What moves hides what it stands on: nothing is written there.
         hidden = place == self.point(after * math.sqrt(after.shape[-1]))[..., 4:5]
-        new = torch.where(hidden, here, self.assign(around.mT).argmax(-2))
+        new = torch.where(hidden, here, assign(around.mT, self.kinds).argmax(-2))
         first = (place[..., None] == place[..., None, :]).byte().argmax(-1)     # where h or w is 2
         new = new.gather(-1, first)
         some = (new != here).any(-1)                                    # (...)
@@ -321,10 +322,11 @@ class JEPAWorldModel(nn.Module):
         self.arguments = {**arguments, "image_size": tuple(image_size)}     # what rebuilds it
         self.latent_dim, self.moving_dim = latent_dim, moving_dim
         self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
-                                   features, moving_dim)
+                                   features, moving_dim, kinds)
         grid = tuple(side // patch_size for side in image_size)
         self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim, moving_dim, grid,
                                        features, kinds)
+        self.dynamics.kinds = self.encoder.kinds.clone()
         self.dynamics.local = self.objective != "byol"  # whose pointers are not taught
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         # For the planner: the cosine above which two latents are one state, see train_jepa.py.
@@ -332,8 +334,11 @@ class JEPAWorldModel(nn.Module):
 
     def start_from(self, patches, index):
         """See ConvEncoder.start_from. The kinds of patches become as many as are found."""
-        self.arguments["kinds"] = self.dynamics.choose_kinds(
-            *self.encoder.start_from(patches, index))
+        self.encoder.start_from(patches, index)
+        self.dynamics.kinds = self.encoder.kinds.clone()
+        self.arguments["kinds"] = len(self.dynamics.kinds)
+        self.dynamics.ends = torch.zeros(len(self.dynamics.kinds), dtype=torch.bool)
+        self.target_encoder.kinds = self.encoder.kinds.clone()
         self.target_encoder.load_state_dict(self.encoder.state_dict())
 
     @torch.no_grad()
@@ -345,7 +350,7 @@ class JEPAWorldModel(nn.Module):
         bool, weight (N,): see sample_steps."""
         looks = [self.encoder.look_slowly(part / 255) for part in patches.split(4096)]
         slow, mobility = map(torch.cat, zip(*looks))
-        kind = self.dynamics.assign(slow.T).argmax(0)
+        kind = assign(slow.T, self.encoder.kinds).argmax(0)
         place = mobility[index[:, 1]].flatten(1).argmax(1, keepdim=True)    # (N, 1)
         under = kind[index[:, 0].flatten(1).gather(1, place)[:, 0]]         # what it hides now
         sign = torch.where(over, weight, -weight)
@@ -393,10 +398,9 @@ class BYOLWorldModel(JEPAWorldModel):
 
 
 class ReconstructionWorldModel(JEPAWorldModel):
-    """As Dreamer (Hafner et al. 2020): all the same, and besides, the frame that is seen and the
-    next one are decoded from the latent and the predicted one, by the encoder's mirror image: what
-    the static part says of each place and the moving part of each row and column is added, and a
-    linear map draws each patch. There is no EMA: the online encoder is its own target."""
+    """As Dreamer (Hafner et al. 2020): besides, the frame that is seen and the next are decoded
+    from latent and prediction, by the encoder's mirror image: what is said of each place and of
+    each row and column is added, and a linear map draws each patch. There is no EMA."""
 
     objective = "reconstruction"
 
@@ -448,8 +452,8 @@ class Losses(nn.Module):
 
     def forward(self, batch):
         """A batch, see TransitionBatches -> {term: scalar}, and the prediction errors (B,) without
-        gradient: squared distances of unit-norm latents, 0 to 4, which is latent_dim times what is
-        logged. "places" has two halves: what stands where, and what one action makes of it."""
+        gradient, squared distances of unit-norm latents: latent_dim times what is logged.
+        "places" has two halves: what stands where, and what one action makes of it."""
         model, patches, index = self.model, batch["patches"] / 255, batch["index"]
         dynamics, encoder = model.dynamics, model.encoder
         slow, mobility = looks = encoder.look_slowly(patches)           # (P, features), (P,)
@@ -457,7 +461,7 @@ class Losses(nn.Module):
         with torch.no_grad():
             target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
         moving, static = dynamics.parts(z)                              # (B, M), (B, S)
-        true = dynamics.assign(slow.T)                                  # (kinds, P)
+        true = assign(slow.T, encoder.kinds)                            # (kinds, P)
         kind, then = true.argmax(0)[index.flatten(2)].unbind(1)         # (B, h * w) each
         after, written, _, place, around = dynamics.step(
             moving, static, kind, batch["actions"], encoder.lay_out)
@@ -488,9 +492,8 @@ def weigh_by_error(error):
 
 
 def places(told, true, index):
-    """Teaches the static part which kind of patch stands at each place: features of places, not
-    pixels, are told (as in CPC, van den Oord et al. 2018, and I-JEPA, Assran et al. 2023), by soft
-    assignment to prototypes (as in SwAV: Caron et al. 2020).
+    """Teaches the static part which kind of patch stands at each place (features of places as in
+    CPC, van den Oord et al. 2018, softly assigned to prototypes as in SwAV, Caron et al. 2020).
 
     told (B, kinds, h * w): what `tell` says, true (kinds, P): log-probabilities of the patches,
     index (B, h, w) -> mean of log(1 + KL divergence, summed over places)."""
@@ -501,15 +504,12 @@ def places(told, true, index):
 
 
 def pointing(dynamics, moving, mobility):
-    """Teaches the dynamics where to look, and the encoder a little: what moves is where a frame's
-    patches hold most of what comes and goes.
+    """Teaches the dynamics where to look, and the encoder a little: to the most mobile patch.
 
     moving (N, M), mobility (N, h, w) -> cross-entropies of row and column."""
-    place = mobility.flatten(-2).argmax(-1)                             # (N,)
-    width = mobility.shape[-1]
+    place = torch.unravel_index(mobility.flatten(-2).argmax(-1), dynamics.grid)     # (N,) twice
     told = dynamics.to_place(moving).split(dynamics.grid, -1)
-    return sum(F.cross_entropy(x, true)
-               for x, true in zip(told, (place // width, place % width)))
+    return sum(map(F.cross_entropy, told, place))
 
 
 # ----------------------------- 5. What a latent is worth: three numbers that the loss does not show

@@ -9,11 +9,15 @@ import random
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from minigrid.core.grid import Grid
+from minigrid.core.world_object import WorldObj
 
+import collect_minigrid_data as collect
 import world_model_jepa
 from minigrid_dataset import join_tiles
 from tests.conftest import REST, mutated
@@ -289,7 +293,7 @@ def looks(seed=0):
 def test_the_first_filters_find_all_that_differs_equally_far_apart():
     torch.manual_seed(0)
     kind, light, patches, index = looks()
-    encoder = ConvEncoder(channels=2000, filters=2000)
+    encoder = ConvEncoder(channels=1000, filters=1000)
     encoder.start_from(patches, index)
     for layer in (encoder.convolution, encoder.fixed):
         one, other = [(layer.weight.flatten(1) @ d).norm().item() for d in (kind, light)]
@@ -334,6 +338,24 @@ def test_what_moves_is_told_from_all_that_does_not_by_hand():
     mobility = (x @ moving_features(x, share, moves)).square().sum(1)
     # What stays is one point, but for the centre that all share; what is rare counts for more.
     assert mobility[:3].max() < 0.1 * mobility[3] and mobility[4] > mobility[3]
+
+
+def test_the_agent_is_mobile_and_a_thing_of_any_colour_in_its_light_is_not():
+    world = collect.collect_episodes("MiniGrid-KeyCorridorS3R3-v0", range(500), 7, 4, seed=0)
+    last = np.append(np.flatnonzero(np.diff(world["episode"])), len(world["episode"]) - 1)
+    pairs = np.stack([world["first_index"], world["next_obs_index"][last]], 1)
+    frames = torch.from_numpy(world["frames"][pairs.flatten()]).permute(0, 3, 1, 2).float()
+    patches, index = cut(frames, 4)
+    patches, same = patches.unique(dim=0, return_inverse=True)
+    torch.manual_seed(0)
+    encoder = ConvEncoder(image_size=frames.shape[2:], patch_size=4)
+    encoder.start_from(patches.byte(), same[index].unflatten(0, (-1, 2)))
+    things = [WorldObj.decode(kind, colour, kind == 4) for kind in (4, 5, 6) for colour in range(6)]
+    tiles = [Grid.render_tile(thing, highlight=True, tile_size=4) for thing in things]
+    tiles += [Grid.render_tile(None, pose, highlight=True, tile_size=4) for pose in range(4)]
+    tiles = torch.from_numpy(np.uint8(tiles)).permute(0, 3, 1, 2) / 255
+    mobility = encoder.look_slowly(tiles)[1]
+    assert mobility[-4:].min() > 0.5 and mobility[:-4].max() < 0.1
 
 
 def test_zero_is_the_average_of_what_the_static_part_sees(model):

@@ -95,6 +95,18 @@ def test_the_moving_part_sees_what_is_mobile_and_the_static_part_all():
         half, encoder.from_patches(patches, index, (slow, torch.ones(6)))[:, :48])
 
 
+def test_the_static_part_sees_kinds_and_not_how_light_it_is():
+    torch.manual_seed(0)
+    encoder = ConvEncoder()
+    patches, index, _ = images(3)
+    encoder.kinds, kind = 10 * torch.eye(8)[:3], torch.tensor([0, 1, 2, 0, 1, 2])
+    dark, other = encoder.kinds[kind], encoder.kinds[kind.flip(0)]
+    seen, light, flipped = (encoder.from_patches(patches, index, (slow, torch.ones(6)))
+                            for slow in (dark, dark + torch.rand(6, 8), other))
+    torch.testing.assert_close(seen, light)
+    assert F.cosine_similarity(seen, flipped).max() < 0.99
+
+
 def test_the_static_part_holds_sums_over_all_places():
     encoder = ConvEncoder()
     encoder.usual.normal_()

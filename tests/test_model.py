@@ -104,7 +104,7 @@ def test_the_static_part_sees_kinds_and_not_how_light_it_is():
     seen, light, flipped = (encoder.from_patches(patches, index, (slow, torch.ones(6)))
                             for slow in (dark, dark + torch.rand(6, 8), other))
     torch.testing.assert_close(seen, light)
-    assert F.cosine_similarity(seen, flipped).max() < 0.99
+    assert (seen - flipped)[:, 48:].abs().amax(1).min() > 0.01
 
 
 def test_the_static_part_holds_sums_over_all_places():

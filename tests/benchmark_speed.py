@@ -415,7 +415,7 @@ def bench_step(folder):
             if on_pixels:  # every patch of every frame by itself
                 side, shape = batch["patches"].shape[-1], batch["index"].shape[:2]
                 frames = minigrid_dataset.join_tiles(batch["patches"], batch["index"].flatten(0, 1))
-                batch["patches"], index = world_model_jepa.cut(frames, side)
+                batch["patches"], index = world_model_jepa.cut(frames.float(), side)
                 batch["index"] = index.unflatten(0, shape)
             terms, _ = losses(batch)
             optimizer.zero_grad()

@@ -69,7 +69,7 @@ def begin(env, seed, episode, steps):
     far = len(starts) == 1 or kinds - {1, 2, 8}  # empty, wall, goal
     rng = np.random.default_rng((seed, episode, 1))
     image, _ = env.reset(seed=collect.env_seed(seed, episode))
-    most = max(0, min(500, env.unwrapped.max_steps - steps)) if far else 0
+    most = max(0, min(collect.WARM_UP_STEPS, env.unwrapped.max_steps - steps)) if far else 0
     for action in collect.draw_actions(rng, collect.action_odds(env), rng.integers(most + 1)):
         action = collect.choose(env.unwrapped, *action)
         ahead = env.unwrapped.grid.get(*env.unwrapped.front_pos)

@@ -77,9 +77,9 @@ def settings():
         raise DataError(f"OBJECTIVE is {OBJECTIVE!r}: make it one of {', '.join(MODELS)} in "
                         "train_jepa.py")
     values = {"OBJECTIVE": OBJECTIVE, **collect.check_numbers(globals(), RULES, "train_jepa.py")}
-    if not MOVING_DIM < LATENT_DIM - 8:
-        raise DataError(f"MOVING_DIM is {MOVING_DIM}: make it less than LATENT_DIM - 8 "
-                        f"({LATENT_DIM - 8}) in train_jepa.py")
+    if not MOVING_DIM < LATENT_DIM - 16:
+        raise DataError(f"MOVING_DIM is {MOVING_DIM}: make it less than LATENT_DIM - 16 "
+                        f"({LATENT_DIM - 16}) in train_jepa.py")
     return values
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 17
+CHECKPOINT_FORMAT = 18
 KINDS = 32  # of patches that maps show, at most
 
 
@@ -52,7 +52,7 @@ def components(x, share):
     return size[kept], axes[:, kept]
 
 
-def slow_features(x, share, index, number, limit=0.3):
+def slow_features(x, share, index, limit=0.3):
     """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches mostly
     stays the same within episodes? Walls, goals, keys and doors do; the agent and its light do not.
 
@@ -60,11 +60,11 @@ def slow_features(x, share, index, number, limit=0.3):
     squared, on average and for unit variance: 0 for what always stays, 2 for what comes and goes at
     random. Each direction is kept by 1 / (1 + (change / limit)^8) of itself.
 
-    x, share: see components, index (N, 2, h, w) into them, pairs of frames -> slow (C, number): x @
-    slow are the first principal components of what is kept, of total variance 1. And taken (P,):
-    how much is taken out of each patch, scaled so that the rare counts for more."""
+    x, share: see components, index (N, 2, h, w) into them, pairs of frames -> slow (C, C): x @ slow
+    has unit variance, but for what is taken out; still (P,): the part of each patch that is kept,
+    at most 1; taken (P,): how much is taken out, scaled so that the rare counts for more."""
     size, axes = components(x, share)
-    white, unwhite = axes * size.rsqrt(), (axes * size.sqrt()).T        # (C, R), (R, C)
+    white = axes * size.rsqrt()                                         # (C, R)
     change, y = 0, x @ white                                            # (P, R), unit variance
     for some in index.split(8):
         difference = (y[some[:, 0]] - y[some[:, 1]]).flatten(0, -2)
@@ -72,10 +72,9 @@ def slow_features(x, share, index, number, limit=0.3):
     change, directions = torch.linalg.eigh(change)
     keep = 1 / (1 + (change / limit) ** 8)
     taken = x @ (axes * (size + 0.1 * size[-1:]).rsqrt()) @ directions * (1 - keep)
-    kept = white @ directions * keep @ directions.T @ unwhite
-    y = x @ kept
-    left, axes = torch.linalg.eigh(y.T * share @ y)
-    return kept @ axes[:, -number:] / (left.sum() + 1e-9).sqrt(), taken.square().sum(1)
+    y = y @ directions
+    still = (1 + (y * keep).square().sum(1)) / (1 + y.square().sum(1))
+    return white @ directions * keep @ axes.T, still, taken.square().sum(1)
 
 
 def moving_features(x, share, moves):
@@ -89,46 +88,42 @@ def moving_features(x, share, moves):
     return white @ directions * part @ axes.T
 
 
-def assign(x, kinds):
-    """Slow features (..., features, N) -> log-probabilities of the kinds (..., kinds, N), by minus
-    twice the squared distance."""
-    return (4 * kinds @ x - 2 * kinds.square().sum(1, keepdim=True)).log_softmax(-2)
-
-
 class ConvEncoder(nn.Module):
     """A small CNN: (B, in_channels, H, W) float in [0, 1] -> (B, latent_dim), unit norm. Its
     convolutions look at each `patch_size` x `patch_size` patch by itself. Two readouts follow:
 
     - the moving part (first `moving_dim` dims) reads each channel's sum over every row and every
       column, of what is mobile: one step of the agent is the same small change everywhere.
-    - the static part is a linear map of what kind of patch, by `features` slow features, stands at
-      every place, and their sums over all places: what is there, wherever it is. Their convolution
-      stays as it began (as the patch projection of MoCo v3: Chen et al. 2021).
+    - the static part is a linear map of which kind of patch stands at every place (each kind has a
+      random code of `code_dim` numbers), and the codes' sums over all places: what is there,
+      wherever it is. Kinds are told by a convolution that stays as it began (as the patch
+      projection of MoCo v3: Chen et al. 2021).
 
     Raises ValueError where the sizes do not fit."""
 
     def __init__(self, in_channels=3, latent_dim=128, image_size=(64, 64), patch_size=8,
-                 channels=24, features=8, moving_dim=48, kinds=KINDS, filters=128):
+                 channels=24, code_dim=16, moving_dim=48, kinds=KINDS, filters=128):
         super().__init__()
         height, width = image_size
         if height % patch_size or width % patch_size:
             raise ValueError(
                 f"image size {height}x{width} is no multiple of the patch size {patch_size}")
-        if latent_dim <= moving_dim + features:
-            raise ValueError(f"latent_dim is {latent_dim}: more than moving_dim + features "
-                             f"({moving_dim + features}) is wanted")
+        if latent_dim <= moving_dim + code_dim:
+            raise ValueError(f"latent_dim is {latent_dim}: more than moving_dim + code_dim "
+                             f"({moving_dim + code_dim}) is wanted")
         h, w = height // patch_size, width // patch_size
         self.patch_size = patch_size
         self.convolution = nn.Conv2d(in_channels, channels, patch_size, stride=patch_size)
         self.fixed = nn.Conv2d(in_channels, filters, patch_size, stride=patch_size)
         self.fixed.requires_grad_(False)
         self.register_buffer("average", torch.zeros(filters))        # over the data's patches
-        self.register_buffer("slow", torch.eye(filters, features))   # see slow_features
         self.register_buffer("fast", torch.eye(filters))             # see moving_features
-        self.register_buffer("kinds", torch.randn(kinds, features))  # see choose_kinds
-        self.register_buffer("usual", torch.zeros(h * w, features))  # of kinds, the average frame
+        self.register_buffer("kinds", torch.randn(kinds, filters))   # a linear classifier
+        self.register_buffer("offset", torch.zeros(kinds))           # of patches, see choose_kinds
+        self.register_buffer("codes", F.normalize(torch.randn(kinds, code_dim), dim=-1))
+        self.register_buffer("usual", torch.zeros(h * w, code_dim))  # of kinds, the average frame
         self.moving = nn.Linear(channels * (h + w), moving_dim)
-        self.static = nn.Linear(features * h * w, latent_dim - moving_dim - features)
+        self.static = nn.Linear(code_dim * h * w, latent_dim - moving_dim - code_dim)
 
     @torch.no_grad()
     def start_from(self, patches, index):
@@ -145,72 +140,67 @@ class ConvEncoder(nn.Module):
                 len(x) / len(size)) ** 0.5
             layer.weight.copy_(filters.view_as(layer.weight))
             layer.bias.copy_(filters @ (0.5 - x.mean(0)))
-        x = torch.cat([self.look(self.fixed, some / 255) for some in patches.split(4096)])
-        share = torch.bincount(index.flatten(), minlength=len(x)) / index.numel()
-        self.average = share @ x
-        x -= self.average
-        slow, taken = slow_features(x.double(), share.double(), index, self.slow.shape[1])
+        x = torch.cat([self.look(self.fixed, some / 255) for some in patches.split(4096)]).double()
+        share = torch.bincount(index.flatten(), minlength=len(x)).double() / index.numel()
+        average = share @ x
+        x -= average
+        slow, still, taken = slow_features(x, share, index)
         place = taken[index].flatten(-2).argmax(-1, keepdim=True)       # (N, 2, 1): what moves
         moves = index.flatten(-2).gather(-1, place).flatten().bincount(minlength=len(x))
-        fast = moving_features(x.double(), share.double(), moves / index.numel())
-        mobility = (x.double() @ fast).square().sum(1)
-        most = mobility[index].flatten(-2).amax(-1).median() + 1e-9
-        self.slow, self.fast = slow.float(), (fast / most.sqrt()).float()
-        x = x @ self.slow
-        known = share * index.numel() - moves > 1e-3 * moves.sum()      # not rare,
-        known |= share[known].sum() < 0.5                               # unless all patches are
-        self.choose_kinds(x, share, (1 - mobility / most).clamp_min(0) * known)
-        self.usual = F.embedding(index[:, 0].flatten(1), self.quantise(x)).mean(0)
+        fast = moving_features(x, share, moves.double() / index.numel())
+        most = (x @ fast).square().sum(1)[index].flatten(-2).amax(-1).median() + 1e-9
+        kinds = self.choose_kinds(x @ slow, share, still / still.max())
+        offset = kinds.square().sum(1) / 2
+        kind = (x @ slow @ kinds.T - offset).argmax(1)
+        self.average, self.fast = average.float(), (fast / most.sqrt()).float()
+        self.kinds, self.offset = (kinds @ slow.T).float(), offset.float()
+        self.codes = self.codes[:len(kinds)].clone()
+        self.usual = F.embedding(index[:, 0].flatten(1), self.codes[kind]).mean(0)
 
     def choose_kinds(self, x, share, still):
-        """Picks, of patches' slow features (P, features), at most `kinds` that are far apart, by
-        farthest-first traversal (Gonzalez 1985). A kind is then the average of the patches nearest
-        to it. share (P,): how often each occurs, still (P,): 0 for what moves or is rare, to 1."""
-        chosen, distance = [still.argmax().item()], torch.full_like(still, math.inf)
-        while len(chosen) < len(self.kinds):
-            distance = distance.minimum(still * (x - x[chosen[-1]]).square().sum(1))
-            if distance.max() < 0.5:                                    # of the variance of all
-                break
-            chosen.append(distance.argmax().item())
-        nearest = torch.cat([torch.cdist(some, x[chosen]).argmin(1) for some in x.split(4096)])
-        own = F.one_hot(nearest, len(chosen)).T * share                 # (kinds, P)
-        self.kinds = own @ x / own.sum(1, keepdim=True)
+        """Picks at most `kinds` patches, each the most frequent that points in another direction
+        than those before: patches that never take turns are at right angles, however rare or alike
+        (spectral clustering: Ng, Jordan & Weiss 2001). A kind is then the average of the patches
+        nearest to it. x (P, filters) slow features, share (P,): how often each occurs, still (P,):
+        0 for what moves, to 1 -> kinds (K, filters)."""
+        y = F.normalize(torch.cat([x, torch.ones_like(x[:, :1])], 1), dim=1)
+        chosen, other = [], still
+        while len(chosen) < len(self.kinds) and (other > 0.2).any():
+            chosen.append((share * (other > 0.2)).argmax().item())
+            other = other.minimum(still * (1 - y @ y[chosen[-1]]))
+        nearest = (x @ x[chosen].T - x[chosen].square().sum(1) / 2).argmax(1)
+        own = F.one_hot(nearest, len(chosen)).T * share * still         # (K, P)
+        return own @ x / own.sum(1, keepdim=True)
 
     def look(self, convolution, patches):
         """(P, C, p, p) -> features (P, channels): convolution, layer norm, ReLU."""
         x = convolution(patches - 0.5).flatten(1)
         return F.relu(F.layer_norm(x, x.shape[1:]))
 
-    def look_slowly(self, patches):
-        """(P, C, p, p) -> slow features (P, features), 0 for the average, and mobility (P,): how
-        much there is of what moves, 1 for a frame's largest, mostly."""
+    def sort(self, patches):
+        """(P, C, p, p) -> kind (P,) int64, and mobility (P,): how much there is of what moves, 1
+        for a frame's largest, mostly."""
         x = self.look(self.fixed, patches) - self.average
-        return x @ self.slow, (x @ self.fast).square().sum(1)
-
-    def quantise(self, slow):
-        """Slow features (P, features) -> averages of the kinds they are assigned to: a key in the
-        light is the same key (vector quantisation, here soft: van den Oord et al. 2017)."""
-        return assign(slow.T, self.kinds).exp().T @ self.kinds
+        return (x @ self.kinds.T - self.offset).argmax(1), (x @ self.fast).square().sum(1)
 
     def forward(self, obs):
         return self.from_patches(*cut(obs, self.patch_size))
 
     def from_patches(self, patches, index, looks=None):
         """Images put together from patches (P, C, p, p) as index (B, h, w) says -> latents (B,
-        latent_dim), each distinct patch looked at once. looks: what look_slowly says of them."""
-        slow, mobility = self.look_slowly(patches) if looks is None else looks
+        latent_dim), each distinct patch looked at once. looks: what sort says of them."""
+        kind, mobility = self.sort(patches) if looks is None else looks
         x = self.look(self.convolution, patches) * mobility.clamp_max(1)[:, None]
         seen = F.embedding(index, x)                                    # (B, h, w, channels)
         moving = self.moving(torch.cat([seen.sum(2), seen.sum(1)], 1).flatten(1))
-        shown = F.embedding(index.flatten(1), self.quantise(slow))
-        return join(moving, self.lay_out(shown.flatten(1)))
+        return join(moving, self.lay_out(kind[index.flatten(1)]))
 
-    def lay_out(self, shown):
-        """Slow features of all places (B, h * w * features) -> static part (B, S), of any norm. Its
-        learnt numbers have norm 1, so that the sums keep their share while weights grow."""
-        shown = shown - self.usual.flatten()
-        pooled = shown.unflatten(-1, self.usual.shape).sum(-2) / math.sqrt(len(self.usual))
-        return torch.cat([F.normalize(self.static(shown), dim=-1), pooled], -1)
+    def lay_out(self, kind):
+        """Kinds of all places (B, h * w) -> static part (B, S), of any norm. Its learnt numbers
+        have norm 1, so that the sums keep their share while weights grow."""
+        shown = F.embedding(kind, self.codes) - self.usual              # (B, h * w, code_dim)
+        pooled = shown.sum(-2) / math.sqrt(len(self.usual))
+        return torch.cat([F.normalize(self.static(shown.flatten(1)), dim=-1), pooled], -1)
 
 
 # --------------------------------------------------- 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
@@ -228,7 +218,7 @@ class LatentDynamics(nn.Module):
     encoder makes a static part (`lay_out`). Where a kind `ends` an episode, nothing changes."""
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
-                 features=8, kinds=KINDS, groups=16, classes=32, action_dim=16):
+                 code_dim=16, kinds=KINDS, groups=16, classes=32, action_dim=16):
         super().__init__()
         static_dim = latent_dim - moving_dim
         self.local = True       # a step leads to one of the nine places around what moves
@@ -236,19 +226,19 @@ class LatentDynamics(nn.Module):
         self.to_place = nn.Sequential(
             nn.Linear(moving_dim, hidden_dim // 2), nn.SiLU(),
             nn.Linear(hidden_dim // 2, sum(grid)))
-        self.to_map = nn.Linear(static_dim, math.prod(grid) * features)
+        self.to_map = nn.Linear(static_dim, kinds * math.prod(grid))
         self.action_embedding = nn.Embedding(num_actions, action_dim)
-        self.register_buffer("kinds", torch.zeros(kinds, features))     # as the encoder's
+        self.register_buffer("codes", torch.zeros(kinds, code_dim))     # as the encoder's
         self.register_buffer("ends", torch.zeros(kinds, dtype=torch.bool))  # see find_ends
         self.mlp = nn.Sequential(
-            nn.Linear(moving_dim + action_dim + 9 * features, hidden_dim),
+            nn.Linear(moving_dim + action_dim + 9 * code_dim, hidden_dim),
             nn.LayerNorm(hidden_dim), nn.SiLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.SiLU(),
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
         self.change = nn.Sequential(
-            nn.Linear(moving_dim + action_dim + 9 * features + KINDS, hidden_dim // 2), nn.SiLU(),
-            nn.Linear(hidden_dim // 2, 9 * features))
+            nn.Linear(moving_dim + action_dim + 9 * code_dim + kinds, hidden_dim // 2), nn.SiLU(),
+            nn.Linear(hidden_dim // 2, 9 * kinds))
 
     def parts(self, z):
         """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
@@ -256,7 +246,7 @@ class LatentDynamics(nn.Module):
 
     def tell(self, static):
         """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where?"""
-        return assign(self.to_map(static).unflatten(-1, (-1, math.prod(self.grid))), self.kinds)
+        return self.to_map(static).unflatten(-1, (len(self.codes), -1)).log_softmax(-2)
 
     def point(self, moving):
         """(..., M) -> (..., 9) int64: the place of what moves and those around it, row by row (past
@@ -270,30 +260,28 @@ class LatentDynamics(nn.Module):
         """One action in a map that is given: moving (..., M), static (..., S), kind (..., h * w),
         action (...), whose leading shapes broadcast with the others' -> after (..., M), unit norm;
         static (..., S); over (..., 1): does all stay instead?; place (..., 9): see point; around
-        (..., 9, features): what then stands there, which also depends on how many places of each
-        kind there are: what is missing may be in hand. It teaches the encoder nothing."""
+        (..., 9, kinds): logits of what then stands there, which also depends on how many places of
+        each kind there are: what is missing may be in hand. It teaches the encoder nothing."""
         place, action = self.point(moving), self.action_embedding(action)
-        number = self.kinds.new_zeros(*kind.shape[:-1], KINDS)
+        number = self.codes.new_zeros(*kind.shape[:-1], len(self.codes))
         number.scatter_add_(-1, kind, number.new_ones(kind.shape)).log1p_()
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
         moving, static, kind, place, action, number = (x.expand(*shape, -1) for x in (
             moving, static, kind, place, action, number))
         here = kind.gather(-1, place)                                   # (..., 9)
-        seen = self.kinds[here]
-        known = torch.cat([moving, action, seen.flatten(-2)], -1)
+        known = torch.cat([moving, action, self.codes[here].flatten(-2)], -1)
         code = self.mlp(known).unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
         after = F.normalize(self.codebook(code), dim=-1)
-        change = self.change(torch.cat([known.detach(), number], -1))
-        around = seen + change.unflatten(-1, (9, -1))
+        around = self.change(torch.cat([known.detach(), number], -1)).unflatten(-1, (9, -1))
         # What moves hides what it stands on: nothing is written there.
         hidden = place == self.point(after * math.sqrt(after.shape[-1]))[..., 4:5]
-        new = torch.where(hidden, here, assign(around.mT, self.kinds).argmax(-2))
+        new = torch.where(hidden, here, around.argmax(-1))
         first = (place[..., None] == place[..., None, :]).byte().argmax(-1)     # where h or w is 2
         new = new.gather(-1, first)
         some = (new != here).any(-1)                                    # (...)
         if some.any():
-            maps = self.kinds[kind[some].scatter(-1, place[some], new[some])]
-            static = static.masked_scatter(some[..., None], lay_out(maps.flatten(1)))
+            maps = kind[some].scatter(-1, place[some], new[some])
+            static = static.masked_scatter(some[..., None], lay_out(maps))
         over = self.ends[here[..., 4:5]]
         if self.local:  # what seems to be elsewhere was not understood
             over = over | ~hidden.any(-1, keepdim=True)
@@ -316,30 +304,34 @@ class JEPAWorldModel(nn.Module):
     objective = "jepa"
 
     def __init__(self, in_channels=3, latent_dim=128, num_actions=7, image_size=(64, 64),
-                 patch_size=8, channels=24, features=8, moving_dim=48, hidden_dim=512, kinds=KINDS):
+                 patch_size=8, channels=24, code_dim=16, moving_dim=48, hidden_dim=512,
+                 kinds=KINDS):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.arguments = {**arguments, "image_size": tuple(image_size)}     # what rebuilds it
         self.latent_dim, self.moving_dim = latent_dim, moving_dim
         self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
-                                   features, moving_dim, kinds)
-        grid = tuple(side // patch_size for side in image_size)
-        self.dynamics = LatentDynamics(latent_dim, num_actions, hidden_dim, moving_dim, grid,
-                                       features, kinds)
-        self.dynamics.kinds = self.encoder.kinds.clone()
-        self.dynamics.local = self.objective != "byol"  # whose pointers are not taught
-        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+                                   code_dim, moving_dim, kinds)
+        self.build()
         # For the planner: the cosine above which two latents are one state, see train_jepa.py.
         self.register_buffer("same_state", torch.tensor(0.95))
+
+    def build(self):
+        """Dynamics and target encoder, for the encoder's kinds of patches."""
+        sizes = self.arguments
+        grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
+        self.dynamics = LatentDynamics(
+            self.latent_dim, sizes["num_actions"], sizes["hidden_dim"], self.moving_dim, grid,
+            sizes["code_dim"], sizes["kinds"])
+        self.dynamics.codes = self.encoder.codes.clone()
+        self.dynamics.local = self.objective != "byol"  # whose pointers are not taught
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def start_from(self, patches, index):
         """See ConvEncoder.start_from. The kinds of patches become as many as are found."""
         self.encoder.start_from(patches, index)
-        self.dynamics.kinds = self.encoder.kinds.clone()
-        self.arguments["kinds"] = len(self.dynamics.kinds)
-        self.dynamics.ends = torch.zeros(len(self.dynamics.kinds), dtype=torch.bool)
-        self.target_encoder.kinds = self.encoder.kinds.clone()
-        self.target_encoder.load_state_dict(self.encoder.state_dict())
+        self.arguments["kinds"] = len(self.encoder.kinds)
+        self.build()
 
     @torch.no_grad()
     def find_ends(self, patches, index, over, weight):
@@ -348,9 +340,8 @@ class JEPAWorldModel(nn.Module):
 
         patches (P, C, p, p) uint8, index (N, 2, h, w) into them: the frames of N steps, over (N,)
         bool, weight (N,): see sample_steps."""
-        looks = [self.encoder.look_slowly(part / 255) for part in patches.split(4096)]
-        slow, mobility = map(torch.cat, zip(*looks))
-        kind = assign(slow.T, self.encoder.kinds).argmax(0)
+        looks = [self.encoder.sort(part / 255) for part in patches.split(4096)]
+        kind, mobility = map(torch.cat, zip(*looks))
         place = mobility[index[:, 1]].flatten(1).argmax(1, keepdim=True)    # (N, 1)
         under = kind[index[:, 0].flatten(1).gather(1, place)[:, 0]]         # what it hides now
         sign = torch.where(over, weight, -weight)
@@ -406,14 +397,17 @@ class ReconstructionWorldModel(JEPAWorldModel):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.target_encoder = self.encoder
         (h, w), hidden = self.dynamics.grid, self.arguments["hidden_dim"] // 2
-        channels = 2 * self.arguments["features"]
+        channels = self.arguments["code_dim"]
         self.to_places = nn.Linear(self.latent_dim - self.moving_dim, channels * h * w)
         self.to_lines = nn.Sequential(
             nn.Linear(self.moving_dim, hidden), nn.SiLU(), nn.Linear(hidden, channels * (h + w)))
         self.to_patch = nn.Linear(
             channels, self.arguments["in_channels"] * self.arguments["patch_size"] ** 2)
+
+    def build(self):
+        super().build()
+        self.target_encoder = self.encoder
 
     def decode_patches(self, z):
         """(B, latent_dim) -> (B, h * w, C * p * p), pixels about in [0, 1]."""
@@ -453,16 +447,16 @@ class Losses(nn.Module):
     def forward(self, batch):
         """A batch, see TransitionBatches -> {term: scalar}, and the prediction errors (B,) without
         gradient, squared distances of unit-norm latents: latent_dim times what is logged.
-        "places" has two halves: what stands where, and what one action makes of it."""
+        "places" has two halves, both cross-entropies: which kind of patch stands where (features of
+        places as in CPC, van den Oord et al. 2018), and what one action makes of it."""
         model, patches, index = self.model, batch["patches"] / 255, batch["index"]
         dynamics, encoder = model.dynamics, model.encoder
-        slow, mobility = looks = encoder.look_slowly(patches)           # (P, features), (P,)
+        kinds, mobility = looks = encoder.sort(patches)                 # (P,) each
         z = encode_shared(encoder, patches, index[:, 0], looks)
         with torch.no_grad():
             target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
         moving, static = dynamics.parts(z)                              # (B, M), (B, S)
-        true = assign(slow.T, encoder.kinds)                            # (kinds, P)
-        kind, then = true.argmax(0)[index.flatten(2)].unbind(1)         # (B, h * w) each
+        kind, then = kinds[index.flatten(2)].unbind(1)                  # (B, h * w) each
         after, written, _, place, around = dynamics.step(
             moving, static, kind, batch["actions"], encoder.lay_out)
         predicted = join(after, written)
@@ -475,9 +469,9 @@ class Losses(nn.Module):
                 pixels = F.embedding(frame.flatten(1), patches.flatten(1))  # (B, h * w, C * p * p)
                 wrong = (model.decode_patches(latent) - pixels).square().mean(-1)
                 prediction = prediction + weigh_by_error(wrong.flatten())
-        then = dynamics.kinds[then.gather(-1, place)]                   # (B, 9, features)
-        changes = weigh_by_error((around - then).square().sum((-1, -2)))
-        told = places(dynamics.tell(static), true, index[:, 0])
+        wrong = F.cross_entropy(around.mT, then.gather(-1, place), reduction="none")
+        changes = weigh_by_error(wrong.sum(1))
+        told = F.nll_loss(dynamics.tell(static), kind, reduction="none").sum(1).log1p().mean()
         both = torch.cat([moving, dynamics.parts(target)[0]])  # nothing starts where episodes end
         pointed = pointing(dynamics, both, mobility[torch.cat(index.unbind(1))])
         terms = {"prediction": prediction, "places": told + changes, "pointing": pointed}
@@ -489,18 +483,6 @@ def weigh_by_error(error):
     that is sure that nothing changes would lose next to nothing."""
     weight = error.detach() + 1e-3
     return (error * weight).sum() / weight.sum()
-
-
-def places(told, true, index):
-    """Teaches the static part which kind of patch stands at each place (features of places as in
-    CPC, van den Oord et al. 2018, softly assigned to prototypes as in SwAV, Caron et al. 2020).
-
-    told (B, kinds, h * w): what `tell` says, true (kinds, P): log-probabilities of the patches,
-    index (B, h, w) -> mean of log(1 + KL divergence, summed over places)."""
-    share, index = true.exp(), index.flatten(1)                         # (B, h * w)
-    least = (share * true).sum(0)[index]                                # minus the entropy
-    divergence = least - (F.embedding(index, share.mT.contiguous()) * told.mT).sum(-1)
-    return divergence.sum(1).log1p().mean()
 
 
 def pointing(dynamics, moving, mobility):

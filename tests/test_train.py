@@ -108,18 +108,17 @@ def effects(contents):
     cells = torch.from_numpy(data.grid[..., 0]).mT.flatten(1).long()    # (N, h * w)
     tiles = data.frame_tiles[data.obs_index].flatten(1).long()
     kinds = torch.stack([F.one_hot(cells[tiles == i], 9).sum(0) for i in range(len(data.tiles))])
-    features = model.encoder.look_slowly(to_float(data.tiles))[0]
     told = model.dynamics.tell(static_before).argmax(-2)                # (N, h * w)
-    maps, ends = model.dynamics.kinds[told], model.dynamics.ends[told]
-    shown = torch.cdist(maps.flatten(0, 1), features).argmin(1)
-    mobile = start.encoder.look_slowly(to_float(data.tiles))[1][data.frame_tiles[now].long()]
+    ends, kind = model.dynamics.ends[told], model.encoder.sort(to_float(data.tiles))[0]
+    shown = F.one_hot(kind, len(model.encoder.kinds)).T @ kinds         # (kinds, of cells)
+    mobile = start.encoder.sort(to_float(data.tiles))[1][data.frame_tiles[now].long()]
     mobile = np.divmod(mobile.flatten(1).argmax(1).numpy(), mobile.shape[-1])[::-1]     # x, y
     untrained = train_jepa.validate(start, data, held_out)
     found = {
         **contents["history"][-1], "untrained": untrained["hit@1"],
         "pointing": np.mean(np.bincount(of, right) / np.bincount(of)),  # all cells alike
         "mobile": np.mean((np.stack(mobile, 1) == data.agent_pos[t]).all(1)),
-        "map": (kinds.argmax(1)[shown] == cells[t].flatten()).float().mean().item(),
+        "map": (shown.argmax(1)[told] == cells[t]).float().mean().item(),
         "ends": [ends[cells[t] == kind].float().mean().item() for kind in (1, 2, 8)],
     }
     if model.objective == "reconstruction":
@@ -222,7 +221,7 @@ def test_all_that_is_trained_changes(uninterrupted):
     first, second = (epoch["model"] for epoch in uninterrupted[:2])
     fixed = {f"{which}.{name}" for which in ("encoder", "target_encoder") for name in (
         "fixed.weight", "fixed.bias", "average", "slow", "fast", "kinds", "usual")}
-    fixed |= {"dynamics.kinds", "dynamics.ends"}
+    fixed |= {"dynamics.codes", "dynamics.ends"}
     assert {name for name in first if not torch.equal(first[name], second[name])
             } == first.keys() - fixed
 

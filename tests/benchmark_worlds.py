@@ -36,7 +36,7 @@ import train_jepa  # noqa: E402
 SIDE_BY_SIDE = 1   # worlds at a time, one core each
 PLAN_MINUTES = 2   # of a world, then no further task is begun: searches that fail take their time
 # {script: {constant: value}}; the rest as it is
-SETTINGS = {"train_jepa": {"SEED": 4}, "plan_with_jepa": {"NUM_TASKS": 30}}
+SETTINGS = {"train_jepa": {"SEED": 6}, "plan_with_jepa": {"NUM_TASKS": 30}}
 WORLDS = """
     MiniGrid-MultiRoom-N4-S5-v1 MiniGrid-MultiRoom-N2-S4-v0 BabyAI-UnlockLocal-v0
     MiniGrid-FourRooms-v0 MiniGrid-LockedRoom-v0 MiniGrid-Playground-v0 MiniGrid-MemoryS13Random-v0

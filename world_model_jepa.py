@@ -95,9 +95,9 @@ class ConvEncoder(nn.Module):
     - the moving part (first `moving_dim` dims) reads each channel's sum over every row and every
       column, of what is mobile: one step of the agent is the same small change everywhere.
     - the static part is a linear map of which kind of patch stands at every place (each kind has a
-      random code of `code_dim` numbers), and the codes' sums over all places: what is there,
-      wherever it is. Kinds are told by a convolution that stays as it began (as the patch
-      projection of MoCo v3: Chen et al. 2021).
+      code of its own, or a random one where there are more than `code_dim`), and the codes' sums
+      over all places: what is there, wherever it is. Kinds are told by a convolution that stays as
+      it began (as the patch projection of MoCo v3: Chen et al. 2021).
 
     Raises ValueError where the sizes do not fit."""
 
@@ -154,7 +154,9 @@ class ConvEncoder(nn.Module):
         kind = (x @ slow @ kinds.T - offset).argmax(1)
         self.average, self.fast = average.float(), (fast / most.sqrt()).float()
         self.kinds, self.offset = (kinds @ slow.T).float(), offset.float()
-        self.codes = self.codes[:len(kinds)].clone()
+        size, dim = min(len(kinds), self.codes.shape[1]), self.static.out_features
+        self.static = nn.Linear(size * len(self.usual), dim + self.codes.shape[1] - size)
+        self.codes = torch.eye(size) if size == len(kinds) else self.codes[:len(kinds)].clone()
         self.usual = F.embedding(index[:, 0].flatten(1), self.codes[kind]).mean(0)
 
     def choose_kinds(self, x, share, still):
@@ -191,9 +193,13 @@ class ConvEncoder(nn.Module):
         latent_dim), each distinct patch looked at once. looks: what sort says of them."""
         kind, mobility = self.sort(patches) if looks is None else looks
         x = self.look(self.convolution, patches) * mobility.clamp_max(1)[:, None]
-        seen = F.embedding(index, x)                                    # (B, h, w, channels)
-        moving = self.moving(torch.cat([seen.sum(2), seen.sum(1)], 1).flatten(1))
-        return join(moving, self.lay_out(kind[index.flatten(1)]))
+        B, h, w = index.shape
+        image, row, column = (mobility > 0.01)[index].nonzero(as_tuple=True)
+        seen = F.embedding(index[image, row, column], x)                # the few that are mobile
+        first = image * (h + w)                                         # of an image's lines
+        lines = x.new_zeros(B * (h + w), x.shape[1]).index_add(0, first + row, seen).index_add(
+            0, first + h + column, seen)
+        return join(self.moving(lines.view(B, -1)), self.lay_out(kind[index.flatten(1)]))
 
     def lay_out(self, kind):
         """Kinds of all places (B, h * w) -> static part (B, S), of any norm. Its learnt numbers
@@ -330,7 +336,7 @@ class JEPAWorldModel(nn.Module):
     def start_from(self, patches, index):
         """See ConvEncoder.start_from. The kinds of patches become as many as are found."""
         self.encoder.start_from(patches, index)
-        self.arguments["kinds"] = len(self.encoder.kinds)
+        self.arguments["kinds"], self.arguments["code_dim"] = self.encoder.codes.shape
         self.build()
 
     @torch.no_grad()
@@ -398,7 +404,7 @@ class ReconstructionWorldModel(JEPAWorldModel):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         (h, w), hidden = self.dynamics.grid, self.arguments["hidden_dim"] // 2
-        channels = self.arguments["code_dim"]
+        channels = 16
         self.to_places = nn.Linear(self.latent_dim - self.moving_dim, channels * h * w)
         self.to_lines = nn.Sequential(
             nn.Linear(self.moving_dim, hidden), nn.SiLU(), nn.Linear(hidden, channels * (h + w)))

@@ -194,7 +194,7 @@ class ConvEncoder(nn.Module):
         kind, mobility = self.sort(patches) if looks is None else looks
         x = self.look(self.convolution, patches) * mobility.clamp_max(1)[:, None]
         B, h, w = index.shape
-        image, row, column = (mobility > 0.01)[index].nonzero(as_tuple=True)
+        image, row, column = (mobility > 1e-3)[index].nonzero(as_tuple=True)
         seen = F.embedding(index[image, row, column], x)                # the few that are mobile
         first = image * (h + w)                                         # of an image's lines
         lines = x.new_zeros(B * (h + w), x.shape[1]).index_add(0, first + row, seen).index_add(

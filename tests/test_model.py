@@ -325,6 +325,13 @@ def test_kinds_tell_what_stays_and_nothing_of_what_comes_and_goes():
     encoder.start_from(patches, index)
     kind = encoder.sort(patches / 255)[0]                               # 0, 1 | 2, 3
     assert kind[0] == kind[1] != kind[2] == kind[3] and len(encoder.kinds) == 2
+    # A patch is of the nearest kind: that of the largest patch . kind - kind . kind / 2.
+    x = encoder.look(encoder.fixed, patches / 255) - encoder.average
+    square = (x @ encoder.kinds[kind].T).diagonal().view(2, 2).mean(1)
+    torch.testing.assert_close(square, 2 * encoder.offset[kind[::2]], rtol=0.05, atol=0)
+    faint = copy.deepcopy(encoder)
+    faint.offset[kind[0]] += 1e6
+    assert (faint.sort(patches / 255)[0] == kind[2]).all()
     static = F.normalize(encoder.from_patches(patches / 255, index.flatten(0, 1))[:, 48:], dim=1)
     cosine = (static @ static.T).view(50, 2, 50, 2)
     assert cosine.diagonal(dim1=0, dim2=2).min() > 0.98 > 0.9 > cosine[0, :, 1:].max()

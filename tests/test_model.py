@@ -481,6 +481,7 @@ def test_prediction_is_the_mean_error_of_one_step():
     model, some = JEPAWorldModel().eval(), batch()
     patches, index = some["patches"] / 255, some["index"]
     all_stays(model.dynamics)
+    torch.nn.init.normal_(model.target_encoder.moving.weight)       # of which it is the error
     terms, errors = Losses(model)(some)
     kind = model.encoder.sort(patches)[0]
     obs, after = join_tiles(patches, index).unbind(1)

@@ -40,7 +40,7 @@ EVAL_STEPS = 40          # steps an episode
 MAX_WINDOWS = 3000       # rollouts that hit@1 is measured on, spread evenly over the episodes
 STRICT_STATES = 20000    # layouts are taken for the strict hit@1 until they have so many states
 HORIZON = 20             # steps of a rollout
-PROBE_LAYOUTS = 12000    # layouts whose first frame the probes learn on, 64 a grid cell at least
+PROBE_LAYOUTS = 12000    # layouts whose first frame the probes learn on, or 64 a cell if more
 PROBE_EPISODES = 800     # and 10 frames from episodes in each of these: doors and keys change there
 
 HERE = Path(__file__).resolve().parent

@@ -29,7 +29,7 @@ LABELS = {
     "actions": (np.uint8, ()), "rewards": (np.float32, ()), "dones": (np.bool_, ()),  # needed
     "terminated": (np.bool_, ()), "episode": (np.int64, ()),  # of use in training
     "truncated": (np.bool_, ()), "agent_pos": (np.int64, (2,)), "agent_dir": (np.int64, ()),
-    "grid": (np.uint8, ("W", "H", 3)), "carrying": (np.uint8, (2,)),  # these five: for probes only
+    "grid": (np.uint8, ("W", "H", 3)), "carrying": (np.uint8, (2,)),  # these five: labels
 }
 WANTED = {np.uint8: "whole numbers from 0 to 255", np.int64: "whole numbers",
           np.float32: "finite numbers", np.bool_: "0 or 1"}
@@ -305,8 +305,8 @@ class TransitionBatches:
     """Batches of transitions: a dict of patches (P, 3, p, p) uint8, the distinct ones, and index
     (B, 2, h, w) int64 into them: the frames before and after actions (B,) int64.
 
-    An epoch has as many batches as transitions of `episodes` fill, `least` at least. In which order
-    they come depends on `seed` and the epoch, and on what `repeat` keeps back."""
+    An epoch has as many batches as transitions of `episodes` fill, `least` at least, in an order
+    that `seed` and the epoch decide. What `repeat` keeps back takes the place of others."""
 
     def __init__(self, transitions, episodes, batch_size, seed, least=1):
         self.transitions, self.batch_size, self.seed = transitions, batch_size, seed

@@ -142,8 +142,8 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
 @torch.no_grad()
 def follow(model, planner, obs, goal_obs, step, anew=False):
     """Plan, act, look. STOP at the end of a plan that met the goal, if all that was seen is what
-    was imagined, and at an empty plan; else plan again. anew: plan after every action; what is left
-    of the plan before stays, as long as things come as imagined and no shorter way is found.
+    was imagined, and at an empty plan; else plan again. anew: plan after every action; a rest
+    that met the goal stays, while things come as imagined, unless the new plan is no longer.
 
     step(action) acts for real and returns the next image (3, H, W), or None where all is over.
     Returns: was STOP declared?, the imagined latents (D,), and the seconds of each decision."""

@@ -252,9 +252,9 @@ def validate(model, data, episodes):
     """One step ahead on held-out episodes: a dict of val_loss, cos, z_std, rank, hit@1 and copy.
 
     hit@1: among the distinct frames of 5,000 held-out transitions, the target latent nearest to the
-    prediction is the true one; only those that changed something count. `copy` predicts no change.
-    For the planner it also sets model.same_state: two thirds of the way from the cosine that the
-    latents before and after a change hardly ever exceed (one in 10,000) to 1."""
+    prediction is the true one; only those that changed something count. `copy` predicts no
+    change: always a miss. For the planner it also sets model.same_state: two thirds of the way from
+    the cosine that latents before and after a change hardly ever exceed to 1."""
     device = data.actions.device
     steps = torch.from_numpy(steps_of(data, episodes)[:5000]).to(device)
     used, pair = data.pairs(steps).unique(return_inverse=True)                      # (N, 2)

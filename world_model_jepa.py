@@ -62,7 +62,8 @@ def slow_features(x, share, index, limit=0.3):
 
     x, share: see components, index (N, 2, h, w) into them, pairs of frames -> slow (C, C): x @ slow
     has unit variance, but for what is taken out; still (P,): the part of each patch that is kept,
-    at most 1; taken (P,): how much is taken out, scaled so that the rare counts for more."""
+    at most 1; taken (P,): how much is taken out, most where things move. It is whitened less than
+    the rest: 0.1 of the largest variance is added to each."""
     size, axes = components(x, share)
     white = axes * size.rsqrt()                                         # (C, R)
     change, y = 0, x @ white                                            # (P, R), unit variance
@@ -93,7 +94,7 @@ class ConvEncoder(nn.Module):
     convolutions look at each `patch_size` x `patch_size` patch by itself. Two readouts follow:
 
     - the moving part (first `moving_dim` dims) reads each channel's sum over every row and every
-      column, of what is mobile: one step of the agent is the same small change everywhere.
+      column, of what is mobile: a step to the next column is the same change in all rows.
     - the static part is a linear map of which kind of patch stands at every place (each kind has a
       code of its own, or a random one where there are more than `code_dim`), and the codes' sums
       over all places: what is there, wherever it is. Kinds are told by a convolution that stays as
@@ -118,8 +119,8 @@ class ConvEncoder(nn.Module):
         self.fixed.requires_grad_(False)
         self.register_buffer("average", torch.zeros(filters))        # over the data's patches
         self.register_buffer("fast", torch.eye(filters))             # see moving_features
-        self.register_buffer("kinds", torch.randn(kinds, filters))   # a linear classifier
-        self.register_buffer("offset", torch.zeros(kinds))           # of patches, see choose_kinds
+        self.register_buffer("kinds", torch.randn(kinds, filters))   # classifier of patches:
+        self.register_buffer("offset", torch.zeros(kinds))           # weights, minus its bias
         self.register_buffer("codes", F.normalize(torch.randn(kinds, code_dim), dim=-1))
         self.register_buffer("usual", torch.zeros(h * w, code_dim))  # of kinds, the average frame
         self.moving = nn.Linear(channels * (h + w), moving_dim)
@@ -127,9 +128,9 @@ class ConvEncoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, patches, index):
-        """Fits to the data what training starts from, on the CPU. The convolutions become random
-        filters of whitened patches (Coates, Ng & Lee 2011), to which all patches are about equally
-        far apart: a closed door in the dark differs from floor by a tenth of the range.
+        """Fits to the data, on the CPU, where `convolution` starts, and, for good, all that `judge`
+        reads and the codes. Filters are random, of whitened patches (Coates, Ng & Lee 2011): to
+        others, a closed door in the dark is next to floor.
 
         patches, index: see sample_patches."""
         x = patches[:10_000].flatten(1) / 255
@@ -160,8 +161,9 @@ class ConvEncoder(nn.Module):
         self.usual = F.embedding(index[:, 0].flatten(1), self.codes[kind]).mean(0)
 
     def choose_kinds(self, x, share, still):
-        """Picks at most `kinds` patches, each the most frequent that points in another direction
-        than those before: patches that never take turns are at right angles, however rare or alike
+        """Picks still patches, at most as many as `kinds` has rows, each the most frequent one that
+        points in another direction than those before (a cosine below 0.8, and less if it moves):
+        any two that never replace each other at a place are at right angles, however rare or alike
         (spectral clustering: Ng, Jordan & Weiss 2001). A kind is then the average of the patches
         nearest to it. x (P, filters) slow features, share (P,): how often each occurs, still (P,):
         0 for what moves, to 1 -> kinds (K, filters)."""
@@ -179,19 +181,19 @@ class ConvEncoder(nn.Module):
         x = convolution(patches - 0.5).flatten(1)
         return F.relu(F.layer_norm(x, x.shape[1:]))
 
-    def sort(self, patches):
-        """(P, C, p, p) -> kind (P,) int64, and mobility (P,): how much there is of what moves, 1
-        for a frame's largest, mostly."""
+    def judge(self, patches):
+        """(P, C, p, p) -> kind (P,) int64, and mobility (P,): how much there is of what moves. The
+        largest of a frame is 1, in the median."""
         x = self.look(self.fixed, patches) - self.average
         return (x @ self.kinds.T - self.offset).argmax(1), (x @ self.fast).square().sum(1)
 
     def forward(self, obs):
         return self.from_patches(*cut(obs, self.patch_size))
 
-    def from_patches(self, patches, index, looks=None):
+    def from_patches(self, patches, index, judged=None):
         """Images put together from patches (P, C, p, p) as index (B, h, w) says -> latents (B,
-        latent_dim), each distinct patch looked at once. looks: what sort says of them."""
-        kind, mobility = self.sort(patches) if looks is None else looks
+        latent_dim), each distinct patch looked at once. judged: what `judge` says of them."""
+        kind, mobility = self.judge(patches) if judged is None else judged
         x = self.look(self.convolution, patches) * mobility.clamp_max(1)[:, None]
         B, h, w = index.shape
         image, row, column = (mobility > 1e-3)[index].nonzero(as_tuple=True)
@@ -219,9 +221,10 @@ class LatentDynamics(nn.Module):
     softly, one of `classes` in each of `groups`, and the next moving part is the sum of what a
     codebook holds for them (categorical latents: Hafner et al. 2021): small errors die out.
 
-    The static part stays, unless `change` says that another kind than before stands at one of the
-    nine places: a key that is picked up is gone. Then that is written into the map, of which the
-    encoder makes a static part (`lay_out`). Where a kind `ends` an episode, nothing changes."""
+    The static part stays, unless `change` puts another kind at one of the nine places: a key that
+    is picked up is gone. Then the encoder makes a static part of the new map (`lay_out`). All
+    stays, but not in training, if what moves already stands on a kind that `ends` an episode, or
+    would leave the nine places."""
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
                  code_dim=16, kinds=KINDS, groups=16, classes=32, action_dim=16):
@@ -346,8 +349,8 @@ class JEPAWorldModel(nn.Module):
 
         patches (P, C, p, p) uint8, index (N, 2, h, w) into them: the frames of N steps, over (N,)
         bool, weight (N,): see sample_steps."""
-        looks = [self.encoder.sort(part / 255) for part in patches.split(4096)]
-        kind, mobility = map(torch.cat, zip(*looks))
+        judged = [self.encoder.judge(part / 255) for part in patches.split(4096)]
+        kind, mobility = map(torch.cat, zip(*judged))
         place = mobility[index[:, 1]].flatten(1).argmax(1, keepdim=True)    # (N, 1)
         under = kind[index[:, 0].flatten(1).gather(1, place)[:, 0]]         # what it hides now
         sign = torch.where(over, weight, -weight)
@@ -375,8 +378,9 @@ class JEPAWorldModel(nn.Module):
         return torch.stack(latents, 1)
 
     def forward(self, obs, next_obs, actions):
-        """(B, 3, H, W) twice, (B,) -> loss, z_pred, z_target (B, latent_dim): the tutorial's step.
-        The loss is at most 4 / latent_dim, and 0 for a collapsed model too; see Losses."""
+        """(B, 3, H, W) twice, (B,) -> loss, z_pred, z_target (B, latent_dim): the tutorial's step,
+        to look at; training is in Losses. The loss is at most 4 / latent_dim, and 0 for a collapsed
+        model too."""
         z_pred = self.predict_next(self.encode(obs), actions)
         z_target = self.encode_target(next_obs)
         return F.mse_loss(z_pred, z_target), z_pred, z_target
@@ -434,13 +438,13 @@ MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, Reconstructio
 
 
 # ---------------------------------------- 4. The objective: L = prediction + places + 0.01 pointing
-def encode_shared(encoder, patches, index, looks):
+def encode_shared(encoder, patches, index, judged):
     """from_patches, each process encoding its share of the batch. Gradients flow through, so that
     every process has the losses and gradients of the whole batch."""
     if not dist.is_initialized():
-        return encoder.from_patches(patches, index, looks)
+        return encoder.from_patches(patches, index, judged)
     own = index.chunk(dist.get_world_size())[dist.get_rank()]
-    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, looks)))
+    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, judged)))
 
 
 class Losses(nn.Module):
@@ -453,14 +457,14 @@ class Losses(nn.Module):
     def forward(self, batch):
         """A batch, see TransitionBatches -> {term: scalar}, and the prediction errors (B,) without
         gradient, squared distances of unit-norm latents: latent_dim times what is logged.
-        "places" has two halves, both cross-entropies: which kind of patch stands where (features of
-        places as in CPC, van den Oord et al. 2018), and what one action makes of it."""
+        "places" is log(1 + a frame's cross-entropy of which kind of patch stands where), plus the
+        cross-entropy of the nine places after the action, see weigh_by_error."""
         model, patches, index = self.model, batch["patches"] / 255, batch["index"]
         dynamics, encoder = model.dynamics, model.encoder
-        kinds, mobility = looks = encoder.sort(patches)                 # (P,) each
-        z = encode_shared(encoder, patches, index[:, 0], looks)
+        kinds, mobility = judged = encoder.judge(patches)               # (P,) each
+        z = encode_shared(encoder, patches, index[:, 0], judged)
         with torch.no_grad():
-            target = encode_shared(model.target_encoder, patches, index[:, 1], looks)
+            target = encode_shared(model.target_encoder, patches, index[:, 1], judged)
         moving, static = dynamics.parts(z)                              # (B, M), (B, S)
         kind, then = kinds[index.flatten(2)].unbind(1)                  # (B, h * w) each
         after, written, _, place, around = dynamics.step(
@@ -478,7 +482,7 @@ class Losses(nn.Module):
         wrong = F.cross_entropy(around.mT, then.gather(-1, place), reduction="none")
         changes = weigh_by_error(wrong.sum(1))
         told = F.nll_loss(dynamics.tell(static), kind, reduction="none").sum(1).log1p().mean()
-        both = torch.cat([moving, dynamics.parts(target)[0]])  # nothing starts where episodes end
+        both = torch.cat([moving, dynamics.parts(target)[0]])  # targets alone show the last frames
         pointed = pointing(dynamics, both, mobility[torch.cat(index.unbind(1))])
         terms = {"prediction": prediction, "places": told + changes, "pointing": pointed}
         return terms, error.detach()

@@ -78,7 +78,7 @@ def test_the_moving_part_sees_what_is_mobile_and_the_static_part_all():
     torch.manual_seed(0)
     encoder = ConvEncoder()
     patches, index, _ = images(3)
-    kind, mobility = encoder.sort(patches)[0], torch.tensor([1, 0.5, 0, 0, 0, 0])
+    kind, mobility = encoder.judge(patches)[0], torch.tensor([1, 0.5, 0, 0, 0, 0])
     other = torch.cat([patches[:2], torch.rand(4, 3, 8, 8)])
     z, same = (encoder.from_patches(some, index, looks)[:, :48] for some, looks in (
         (patches, (kind, mobility)), (other, (kind.flip(0), mobility))))
@@ -101,7 +101,7 @@ def test_the_static_part_sees_kinds_and_not_how_light_it_is():
 
     def latents(kind, light):
         encoder.look = lambda layer, some: (encoder.kinds[kind] + light)[:, :len(layer.bias)]
-        return encoder.from_patches(patches, index, encoder.sort(patches))[:, 48:]
+        return encoder.from_patches(patches, index, encoder.judge(patches))[:, 48:]
 
     dark, light, flipped = (latents(*of) for of in (
         (kind, 0), (kind, torch.rand(6, 128)), (kind.flip(0), 0)))
@@ -323,7 +323,7 @@ def test_kinds_tell_what_stays_and_nothing_of_what_comes_and_goes():
     torch.manual_seed(0)
     encoder, (_, _, patches, index) = ConvEncoder(), looks()
     encoder.start_from(patches, index)
-    kind = encoder.sort(patches / 255)[0]                               # 0, 1 | 2, 3
+    kind = encoder.judge(patches / 255)[0]                               # 0, 1 | 2, 3
     assert kind[0] == kind[1] != kind[2] == kind[3] and len(encoder.kinds) == 2
     # A patch is of the nearest kind: that of the largest patch . kind - kind . kind / 2.
     x = encoder.look(encoder.fixed, patches / 255) - encoder.average
@@ -331,7 +331,7 @@ def test_kinds_tell_what_stays_and_nothing_of_what_comes_and_goes():
     torch.testing.assert_close(square, 2 * encoder.offset[kind[::2]], rtol=0.05, atol=0)
     faint = copy.deepcopy(encoder)
     faint.offset[kind[0]] += 1e6
-    assert (faint.sort(patches / 255)[0] == kind[2]).all()
+    assert (faint.judge(patches / 255)[0] == kind[2]).all()
     static = F.normalize(encoder.from_patches(patches / 255, index.flatten(0, 1))[:, 48:], dim=1)
     cosine = (static @ static.T).view(50, 2, 50, 2)
     assert cosine.diagonal(dim1=0, dim2=2).min() > 0.98 > 0.9 > cosine[0, :, 1:].max()
@@ -380,7 +380,7 @@ def test_the_agent_is_mobile_and_a_thing_of_any_colour_in_its_light_is_not():
     tiles = [Grid.render_tile(thing, highlight=True, tile_size=4) for thing in things]
     tiles += [Grid.render_tile(None, pose, highlight=True, tile_size=4) for pose in range(4)]
     tiles = torch.from_numpy(np.uint8(tiles)).permute(0, 3, 1, 2) / 255
-    mobility = encoder.sort(tiles)[1]
+    mobility = encoder.judge(tiles)[1]
     assert mobility[-4:].min() > 0.5 and mobility[:-4].max() < 0.1
 
 
@@ -390,7 +390,7 @@ def test_zero_is_the_average_of_what_the_static_part_sees(model):
     model.start_from(patches, index)
     seen = model.encoder.look(model.encoder.fixed, patches / 255)[index].flatten(0, 3)
     torch.testing.assert_close(model.encoder.average, seen.mean(0), rtol=1e-4, atol=1e-5)
-    seen = model.encoder.codes[model.encoder.sort(patches / 255)[0]]
+    seen = model.encoder.codes[model.encoder.judge(patches / 255)[0]]
     seen = seen[index[:, 0]].flatten(1, 2)
     torch.testing.assert_close(model.encoder.usual, seen.mean(0), rtol=1e-4, atol=1e-5)
     if model.objective != "reconstruction":
@@ -409,7 +409,7 @@ def test_kinds_are_not_of_what_moves_and_first_of_what_is_often_seen(most):
     index[:, :, 0, 0] = 4
     encoder = ConvEncoder(kinds=most)
     encoder.start_from(patches, index.long())
-    kind = encoder.sort(patches / 255)[0]
+    kind = encoder.judge(patches / 255)[0]
     assert len(encoder.kinds) == min(most, 4) and len(set(kind[[0, 1, 4]].tolist())) == 3
     assert most == 3 or kind[3] not in kind[[0, 1, 4]]
 
@@ -483,7 +483,7 @@ def test_prediction_is_the_mean_error_of_one_step():
     all_stays(model.dynamics)
     torch.nn.init.normal_(model.target_encoder.moving.weight)       # of which it is the error
     terms, errors = Losses(model)(some)
-    kind = model.encoder.sort(patches)[0]
+    kind = model.encoder.judge(patches)[0]
     obs, after = join_tiles(patches, index).unbind(1)
     moving, static = model.dynamics.parts(model.encode(obs))
     moved = model.dynamics.step(moving, static, kind[index[:, 0].flatten(1)],
@@ -497,7 +497,7 @@ def test_places_teach_what_stands_there_one_action_later(monkeypatch):
     torch.manual_seed(0)
     model, some, seen = JEPAWorldModel().eval(), batch(), []
     dynamics = model.dynamics
-    kinds = model.encoder.sort(some["patches"] / 255)[0]
+    kinds = model.encoder.judge(some["patches"] / 255)[0]
     monkeypatch.setattr(world_model_jepa, "weigh_by_error",
                         lambda error: seen.append(error) or weigh_by_error(error))
     Losses(model)(some)
@@ -525,7 +525,7 @@ def test_pointing_teaches_frames_that_episodes_end_with(monkeypatch):
     monkeypatch.setattr(world_model_jepa, "pointing", lambda _, *of: seen.extend(of) or 0)
     Losses(model)(some)
     patches = some["patches"] / 255
-    mobility = model.encoder.sort(patches)[1][some["index"]]     # (B, 2, h, w)
+    mobility = model.encoder.judge(patches)[1][some["index"]]     # (B, 2, h, w)
     latents = model.encode_target(join_tiles(patches, some["index"]).flatten(0, 1))
     moving = model.dynamics.parts(latents)[0].unflatten(0, (-1, 2))     # online is target at first
     for found, both in zip(seen, (moving, mobility)):
@@ -538,7 +538,7 @@ def test_a_kind_ends_episodes_where_they_mostly_end_once_what_moves_hides_it():
     model, patches = JEPAWorldModel(), torch.randint(200, (4, 3, 8, 8), dtype=torch.uint8)
     patches[3] = 255
     model.start_from(patches, torch.randint(3, (50, 2, 8, 8)))
-    model.encoder.sort = lambda patches: (
+    model.encoder.judge = lambda patches: (
         torch.arange(4), (patches.mean((1, 2, 3)) > 0.9).float())
     model.dynamics.ends = torch.zeros(4, dtype=torch.bool)
     index = torch.randint(3, (30, 1, 8, 8)).repeat(1, 2, 1, 1)
@@ -595,7 +595,7 @@ def test_errors_weigh_by_their_size():
 def test_a_static_part_that_knows_the_layout_tells_the_places():
     torch.manual_seed(0)
     model, some = JEPAWorldModel(), batch()
-    true = model.encoder.sort(some["patches"] / 255)[0][some["index"][:, 0].flatten(1)]
+    true = model.encoder.judge(some["patches"] / 255)[0][some["index"][:, 0].flatten(1)]
     true = F.one_hot(true, 32).mT.float()                               # (B, kinds, h * w)
 
     def places(told):

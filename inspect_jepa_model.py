@@ -591,7 +591,7 @@ def inspect(device):
     episodes = np.unique(data.episode)
     untrained.start_from(*dataset.sample_patches(data, episodes, 0))  # as training begins
     untrained.find_ends(*dataset.sample_steps(data, episodes))
-    untrained.dynamics.local = False  # its pointers point anywhere, so it may go anywhere
+    untrained.dynamics.taught = False
     encoders = {**models, "untrained": untrained.to(device).eval()}
     same = SimpleNamespace(encode=first.encode_target, encode_target=first.encode_target,
                            predict_next=lambda z, action: z)

@@ -357,7 +357,7 @@ def compare(world, models):
     found |= {k.replace("fixed", "convolution"): v[:jepa.arguments["channels"]]  # begins like them
               for k, v in found.items() if ".fixed." in k}
     untrained.load_state_dict(found, strict=False)
-    untrained.dynamics.local = False    # its pointers point anywhere, so it may go anywhere
+    untrained.dynamics.taught = False
     tasks = [make_task(world, n) for n in tqdm(range(NUM_TASKS), "tasks", leave=False)]
     few, useful = tasks[:CONTROL_TASKS], sorted({a for t in tasks for a in t.oracle})
     policies = {

@@ -64,7 +64,7 @@ LOG_EVERY = 100            # batches
 RULES = {  # what the settings may be: (kind, least, most)
     "EPOCHS": (int, 1, 10**6), "MIN_BATCHES": (int, 1, 10**6), "BATCH_SIZE": (int, 2, 10**6),
     "LEARNING_RATE": (float, 1e-9, 1), "EMA_MOMENTUM": (float, 0, 0.999999),
-    "LATENT_DIM": (int, 2, 10**5), "MOVING_DIM": (int, 1, 10**5),
+    "LATENT_DIM": (int, 18, 10**5), "MOVING_DIM": (int, 1, 10**5),
     "VALIDATION_FRACTION": (float, 1e-9, 0.9), "SEED": (int, 0),
     "PLACES_WEIGHT": (float, 0, 1e9), "POINTING_WEIGHT": (float, 0, 1e9)}
 

@@ -230,7 +230,7 @@ class LatentDynamics(nn.Module):
                  code_dim=16, kinds=KINDS, groups=16, classes=32, action_dim=16):
         super().__init__()
         static_dim = latent_dim - moving_dim
-        self.local = True       # a step leads to one of the nine places around what moves
+        self.taught = True      # if not, pointers point anywhere, and nothing is written
         self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
         self.to_place = nn.Sequential(
             nn.Linear(moving_dim, hidden_dim // 2), nn.SiLU(),
@@ -287,12 +287,12 @@ class LatentDynamics(nn.Module):
         new = torch.where(hidden, here, around.argmax(-1))
         first = (place[..., None] == place[..., None, :]).byte().argmax(-1)     # where h or w is 2
         new = new.gather(-1, first)
-        some = (new != here).any(-1)                                    # (...)
+        some = (new != here).any(-1) & self.taught                      # (...)
         if some.any():
             maps = kind[some].scatter(-1, place[some], new[some])
             static = static.masked_scatter(some[..., None], lay_out(maps))
         over = self.ends[here[..., 4:5]]
-        if self.local:  # what seems to be elsewhere was not understood
+        if self.taught:  # what seems to be elsewhere was not understood
             over = over | ~hidden.any(-1, keepdim=True)
         return after, static, over, place, around
 
@@ -333,11 +333,11 @@ class JEPAWorldModel(nn.Module):
             self.latent_dim, sizes["num_actions"], sizes["hidden_dim"], self.moving_dim, grid,
             sizes["code_dim"], sizes["kinds"])
         self.dynamics.codes = self.encoder.codes.clone()
-        self.dynamics.local = self.objective != "byol"  # whose pointers are not taught
+        self.dynamics.taught = self.objective != "byol"
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def start_from(self, patches, index):
-        """See ConvEncoder.start_from. The kinds of patches become as many as are found."""
+        """See ConvEncoder.start_from. As many kinds of patches as are found, and new dynamics."""
         self.encoder.start_from(patches, index)
         self.arguments["kinds"], self.arguments["code_dim"] = self.encoder.codes.shape
         self.build()

@@ -165,8 +165,11 @@ class OwnModel(JEPAWorldModel):
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
-        self.target_encoder, self.dynamics.local = self.encoder, False
         self.inverse = mlp(2 * self.latent_dim, 256, 256, self.arguments["num_actions"])
+
+    def build(self):
+        super().build()
+        self.target_encoder, self.dynamics.taught = self.encoder, False
 
     def coordinates(self, z):
         """Of size about 1, as the peers' terms of variance want them."""

@@ -85,6 +85,9 @@ def test_the_moving_part_sees_what_is_mobile_and_the_static_part_all():
     torch.testing.assert_close(z, same)
     seen = encoder.from_patches(other, index, (kind, torch.ones(6)))[:, :48]
     assert F.cosine_similarity(z, seen).max() < 0.99
+    faint = encoder.from_patches(patches, index, (kind, torch.tensor([0.01, 0, 0, 0, 0, 0])))
+    none = encoder.from_patches(patches, index, (kind, torch.zeros(6)))
+    assert (faint - none)[:, :48].abs().amax(1).min() > 1e-4
     half = encoder.from_patches(patches, index, (kind, mobility.clamp_max(0.5)))[:, :48]
     less = encoder.look(encoder.convolution, patches)[:2] / 2
     encoder.look = lambda convolution, some: torch.cat([less, torch.zeros(4, 24)])
@@ -139,8 +142,7 @@ def test_latents_have_unit_norm_and_two_parts_of_equal_norm(model):
 
 
 def test_the_dynamics_pass_the_static_part_on_and_change_the_moving_part(model):
-    z, model.dynamics.local = model.encode(images(5)[2]), False
-    all_stays(model.dynamics)
+    z, model.dynamics.taught = model.encode(images(5)[2]), False
     after, m = model.predict_next(z, torch.arange(5)), model.moving_dim
     torch.testing.assert_close(after[:, m:], z[:, m:])
     assert (after[:, :m] - z[:, :m]).abs().amax(1).min() > 1e-3
@@ -206,7 +208,7 @@ def test_where_an_episode_is_over_nothing_changes_any_more():
     torch.manual_seed(0)
     model, z = JEPAWorldModel(kinds=3), join(torch.randn(3, 48), torch.randn(3, 80))
     told_map(model.dynamics, torch.arange(3)[:, None, None].expand(3, 8, 8))
-    model.dynamics.local = False
+    model.dynamics.taught = False
     model.dynamics.ends[2] = True
     after = model.predict_next(z, torch.arange(3))
     torch.testing.assert_close(after[2], z[2])
@@ -247,7 +249,6 @@ def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
                           lay_out)                  # of one state
     for found, of in zip(alone, (after, written)):
         torch.testing.assert_close(found, of[0])
-    model.dynamics.local = False
     told_map(dynamics, kind.clone())
     imagined = model.predict_next(join(moving[:, 0], static), torch.ones(2, dtype=torch.long))
     torch.testing.assert_close(imagined, join(after[:, 1], written[:, 1]))
@@ -324,7 +325,7 @@ def test_kinds_tell_what_stays_and_nothing_of_what_comes_and_goes():
     encoder, (_, _, patches, index) = ConvEncoder(), looks()
     encoder.start_from(patches, index)
     kind = encoder.judge(patches / 255)[0]                               # 0, 1 | 2, 3
-    assert kind[0] == kind[1] != kind[2] == kind[3] and len(encoder.kinds) == 2
+    assert kind[0] == kind[1] != kind[2] == kind[3] and torch.equal(encoder.codes, torch.eye(2))
     # A patch is of the nearest kind: that of the largest patch . kind - kind . kind / 2.
     x = encoder.look(encoder.fixed, patches / 255) - encoder.average
     square = (x @ encoder.kinds[kind].T).diagonal().view(2, 2).mean(1)
@@ -424,6 +425,21 @@ def test_where_no_patch_ever_comes_again_there_are_kinds_all_the_same():
     assert len(encoder.kinds) == 4
 
 
+def test_many_kinds_have_random_codes():
+    torch.manual_seed(0)
+    encoder = ConvEncoder()
+    patches = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8)
+    encoder.start_from(patches, torch.randint(20, (200, 1, 8, 8)).repeat(1, 2, 1, 1))
+    assert encoder.codes.shape == (20, 16) and torch.pdist(encoder.codes).min() > 0.3
+    assert encoder.judge(patches / 255)[0].unique().numel() == 20
+
+
+def test_the_start_keeps_what_an_objective_is(model):
+    model.start_from(*looks()[2:])
+    assert model.dynamics.taught == (model.objective != "byol")
+    assert (model.target_encoder is model.encoder) == (model.objective == "reconstruction")
+
+
 def test_data_of_one_patch_give_a_start_too():
     encoder = ConvEncoder()
     encoder.start_from(looks()[2][:1], torch.zeros(5, 3, 8, 8, dtype=torch.long))
@@ -509,6 +525,13 @@ def test_places_teach_what_stands_there_one_action_later(monkeypatch):
     by_hand = -around.log_softmax(-1).gather(2, after[..., None]).sum((1, 2))
     torch.testing.assert_close(seen[0], by_hand, rtol=1e-3, atol=1e-4)
     assert (before.gather(1, place) != after).any()
+
+
+def test_places_teach_the_static_part_and_not_the_moving_one():
+    torch.manual_seed(0)
+    model = JEPAWorldModel()
+    Losses(model)(batch())[0]["places"].backward()
+    assert not model.encoder.moving.weight.grad.any() and model.encoder.static.weight.grad.any()
 
 
 def test_pointing_teaches_the_moving_part_and_not_the_static_one():

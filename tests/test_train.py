@@ -309,7 +309,7 @@ def test_what_lies_in_the_way_is_kept_aside(small, monkeypatch, capsys, no_pictu
 @pytest.mark.parametrize("name, value", [
     ("EPOCHS", 0), ("EPOCHS", True), ("EPOCHS", np.True_), ("EPOCHS", float("inf")),
     ("EPOCHS", None), ("EPOCHS", -1), ("EPOCHS", 0.5), ("BATCH_SIZE", 1),
-    ("BATCH_SIZE", 2.5), ("LATENT_DIM", "128"), ("LATENT_DIM", 128.5), ("MOVING_DIM", 128),
+    ("BATCH_SIZE", 2.5), ("LATENT_DIM", "128"), ("LATENT_DIM", 128.5), ("MOVING_DIM", 112),
     ("SEED", -1), ("SEED", 10**400), ("LEARNING_RATE", 0),
     ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", [0.01]), ("EMA_MOMENTUM", 1.0),
     ("VALIDATION_FRACTION", 20), ("VALIDATION_FRACTION", 0), ("PLACES_WEIGHT", -1),

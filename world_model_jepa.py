@@ -230,7 +230,7 @@ class LatentDynamics(nn.Module):
                  code_dim=16, kinds=KINDS, groups=16, classes=32, action_dim=16):
         super().__init__()
         static_dim = latent_dim - moving_dim
-        self.taught = True      # or else pointers point anywhere
+        self.taught = True      # if not, pointers point anywhere, and nothing is written
         self.split, self.grid, self.code_shape = [moving_dim, static_dim], grid, (groups, classes)
         self.to_place = nn.Sequential(
             nn.Linear(moving_dim, hidden_dim // 2), nn.SiLU(),
@@ -282,13 +282,12 @@ class LatentDynamics(nn.Module):
         code = self.mlp(known).unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
         after = F.normalize(self.codebook(code), dim=-1)
         around = self.change(torch.cat([known.detach(), number], -1)).unflatten(-1, (9, -1))
-        around = around + 5 * F.one_hot(here, len(self.codes))          # all stays, at first
         # What moves hides what it stands on: nothing is written there.
         hidden = place == self.point(after * math.sqrt(after.shape[-1]))[..., 4:5]
         new = torch.where(hidden, here, around.argmax(-1))
         first = (place[..., None] == place[..., None, :]).byte().argmax(-1)     # where h or w is 2
         new = new.gather(-1, first)
-        some = (new != here).any(-1)                                    # (...)
+        some = (new != here).any(-1) & self.taught                      # (...)
         if some.any():
             maps = kind[some].scatter(-1, place[some], new[some])
             static = static.masked_scatter(some[..., None], lay_out(maps))

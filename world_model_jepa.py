@@ -52,13 +52,13 @@ def components(x, share):
     return size[kept], axes[:, kept]
 
 
-def slow_features(x, share, index, limit=0.3):
+def slow_features(x, share, index):
     """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches mostly
     stays the same within episodes? Walls, goals, keys and doors do; the agent and its light do not.
 
     The change of a direction is how much it differs at one place between two frames of an episode,
     squared, on average and for unit variance: 0 for what always stays, 2 for what comes and goes at
-    random. Each direction is kept by 1 / (1 + (change / limit)^8) of itself.
+    random. Each direction is kept by 1 / (1 + (change / 0.3)^8) of itself.
 
     x, share: see components, index (N, 2, h, w) into them, pairs of frames -> slow (C, C): x @ slow
     has unit variance, but for what is taken out; still (P,): the part of each patch that is kept,
@@ -71,7 +71,7 @@ def slow_features(x, share, index, limit=0.3):
         difference = (y[some[:, 0]] - y[some[:, 1]]).flatten(0, -2)
         change = change + difference.T @ difference / index[:, 0].numel()
     change, directions = torch.linalg.eigh(change)
-    keep = 1 / (1 + (change / limit) ** 8)
+    keep = 1 / (1 + (change / 0.3) ** 8)
     taken = x @ (axes * (size + 0.1 * size[-1:]).rsqrt()) @ directions * (1 - keep)
     y = y @ directions
     still = (1 + (y * keep).square().sum(1)) / (1 + y.square().sum(1))
@@ -151,10 +151,9 @@ class ConvEncoder(nn.Module):
         fast = moving_features(x, share, moves.double() / index.numel())
         most = (x @ fast).square().sum(1)[index].flatten(-2).amax(-1).median() + 1e-9
         kinds = self.choose_kinds(x @ slow, share, still / still.max())
-        offset = kinds.square().sum(1) / 2
-        kind = (x @ slow @ kinds.T - offset).argmax(1)
+        kind = torch.cdist(x @ slow, kinds).argmin(1)
         self.average, self.fast = average.float(), (fast / most.sqrt()).float()
-        self.kinds, self.offset = (kinds @ slow.T).float(), offset.float()
+        self.kinds, self.offset = (kinds @ slow.T).float(), kinds.square().sum(1).float() / 2
         size, dim = min(len(kinds), self.codes.shape[1]), self.static.out_features
         self.static = nn.Linear(size * len(self.usual), dim + self.codes.shape[1] - size)
         self.codes = torch.eye(size) if size == len(kinds) else self.codes[:len(kinds)].clone()
@@ -172,7 +171,7 @@ class ConvEncoder(nn.Module):
         while len(chosen) < len(self.kinds) and (other > 0.2).any():
             chosen.append((share * (other > 0.2)).argmax().item())
             other = other.minimum(still * (1 - y @ y[chosen[-1]]))
-        nearest = (x @ x[chosen].T - x[chosen].square().sum(1) / 2).argmax(1)
+        nearest = torch.cdist(x, x[chosen]).argmin(1)
         own = F.one_hot(nearest, len(chosen)).T * share * still         # (K, P)
         return own @ x / own.sum(1, keepdim=True)
 

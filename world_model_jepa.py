@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 18
+CHECKPOINT_FORMAT = 19
 KINDS = 32  # of patches that maps show, at most
 
 
@@ -221,9 +221,10 @@ class LatentDynamics(nn.Module):
     codebook holds for them (categorical latents: Hafner et al. 2021): small errors die out.
 
     The static part stays, unless `change` puts another kind at one of the nine places: a key that
-    is picked up is gone. Then the encoder makes a static part of the new map (`lay_out`). All
-    stays, but not in training, if what moves already stands on a kind that `ends` an episode, or
-    would leave the nine places."""
+    is picked up is gone. One rule holds for all nine, and is told what stands at a place and, in
+    eight numbers, what the action does there: so a door is opened alike from both sides. Then the
+    encoder makes a static part of the new map (`lay_out`). All stays, but not in training, if what
+    moves already stands on a kind that `ends` an episode, or would leave the nine places."""
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
                  code_dim=16, kinds=KINDS, groups=16, classes=32, action_dim=16):
@@ -244,9 +245,12 @@ class LatentDynamics(nn.Module):
             nn.Linear(hidden_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.SiLU(),
             nn.Linear(hidden_dim, groups * classes))
         self.codebook = nn.Linear(groups * classes, moving_dim, bias=False)
+        self.reach = nn.Sequential(
+            nn.Linear(moving_dim + action_dim, hidden_dim // 2), nn.SiLU(),
+            nn.Linear(hidden_dim // 2, 9 * 8))
         self.change = nn.Sequential(
-            nn.Linear(moving_dim + action_dim + 9 * code_dim + kinds, hidden_dim // 2), nn.SiLU(),
-            nn.Linear(hidden_dim // 2, 9 * kinds))
+            nn.Linear(8 + action_dim + 10 * code_dim + kinds, hidden_dim // 2), nn.SiLU(),
+            nn.Linear(hidden_dim // 2, kinds))
 
     def parts(self, z):
         """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
@@ -277,10 +281,14 @@ class LatentDynamics(nn.Module):
         moving, static, kind, place, action, number = (x.expand(*shape, -1) for x in (
             moving, static, kind, place, action, number))
         here = kind.gather(-1, place)                                   # (..., 9)
-        known = torch.cat([moving, action, self.codes[here].flatten(-2)], -1)
+        codes = self.codes[here]                                        # (..., 9, code_dim)
+        known = torch.cat([moving, action, codes.flatten(-2)], -1)
         code = self.mlp(known).unflatten(-1, self.code_shape).softmax(-1).flatten(-2)
         after = F.normalize(self.codebook(code), dim=-1)
-        around = self.change(torch.cat([known.detach(), number], -1)).unflatten(-1, (9, -1))
+        moving, action = moving.detach(), action.detach()
+        reach = self.reach(torch.cat([moving, action], -1)).unflatten(-1, (9, -1))
+        scene = torch.cat([action, codes.flatten(-2), number], -1)[..., None, :]
+        around = self.change(torch.cat([reach, codes, scene.expand(*here.shape, -1)], -1))
         # What moves hides what it stands on: nothing is written there.
         hidden = place == self.point(after * math.sqrt(after.shape[-1]))[..., 4:5]
         new = torch.where(hidden, here, around.argmax(-1))

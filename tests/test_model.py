@@ -188,15 +188,14 @@ def test_the_glimpse_is_the_neighbourhood_of_the_place_that_is_pointed_at(row, c
 
 
 def all_stays(dynamics):
-    """The dynamics change nothing, by one linear layer, which tests add to."""
-    M, kinds = dynamics.split[0] + 16, len(dynamics.codes)
-    dynamics.change = torch.nn.Linear(M + 9 * 16 + kinds, 9 * kinds)
-    torch.nn.init.zeros_(dynamics.change.weight)
-    torch.nn.init.zeros_(dynamics.change.bias)
-    for place in range(9):
-        at = M + 16 * place
-        dynamics.change.weight.data[kinds * place:][:kinds, at:at + 16] = dynamics.codes
-    return dynamics.change
+    """The dynamics change nothing, by two linear layers, which tests add to."""
+    kinds = len(dynamics.codes)
+    dynamics.reach = torch.nn.Linear(dynamics.split[0] + 16, 9 * 8)
+    dynamics.change = torch.nn.Linear(8 + 16 + 10 * 16 + kinds, kinds)
+    for parameter in (*dynamics.reach.parameters(), *dynamics.change.parameters()):
+        torch.nn.init.zeros_(parameter)
+    dynamics.change.weight.data[:, 8:24] = dynamics.codes       # what stands at the place itself
+    return dynamics.reach, dynamics.change
 
 
 def told_map(dynamics, kind):
@@ -237,8 +236,9 @@ def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
         point_at(dynamics, 5, 0)                    # after each action too
         dynamics.action_embedding.weight.zero_()
         dynamics.action_embedding.weight[1, 0] = 50.0
-        change = all_stays(dynamics).weight.view(9, 3, -1)
-        change[[4, 7], :, 48] = torch.tensor([-1.0, 1, -1])     # action 1 alone
+        reach, change = all_stays(dynamics)
+        reach.weight.view(9, 8, -1)[[4, 7], 3, 48] = 1.0        # action 1 alone
+        change.weight[:, 3] = torch.tensor([-1.0, 1, -1])
     kind[0, 5:7, 0] = 0
     kind[1, 5:7, 0] = 1                             # what it would become stands there already
     static = lay_out(kind.flatten(1))
@@ -271,7 +271,9 @@ def test_places_that_are_neighbours_twice_are_written_alike():
     with torch.no_grad():
         dynamics.to_place[-1].weight.zero_()
         dynamics.to_place[-1].bias.copy_(torch.arange(9) == 4)  # column 3
-        all_stays(dynamics).bias.view(9, 3)[2, :2] = torch.tensor([-9.0, 9])    # column 4, once
+        reach, change = all_stays(dynamics)
+        reach.bias.view(9, 8)[2, 0] = 9                         # column 4, once
+        change.weight[:2, 0] = torch.tensor([-1.0, 1])
     _, written, *_ = dynamics.step(torch.randn(1, 48), model.encoder.lay_out(kind.flatten(1)),
                                    kind.flatten(1), torch.tensor([0]), model.encoder.lay_out)
     kind[0, 0, 4] = 1
@@ -486,7 +488,7 @@ def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
     assert errors.shape == (12,) and not errors.requires_grad
     assert all(p.grad is None for p in model.target_encoder.parameters())
     assert model.encoder.fixed.weight.grad is None
-    without = () if objective == "jepa" else ("to_map", "to_place", "change")
+    without = () if objective == "jepa" else ("to_map", "to_place", "reach", "change")
     for name, p in model.named_parameters():
         if p.requires_grad and not any(layer in name for layer in without):
             assert p.grad is not None and p.grad.any(), name

@@ -90,21 +90,23 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
     for _ in range(max_actions):
         if nearest > same or not len(z) or len(parents) >= MAX_STATES:
             break
-        first = len(parents) - len(z)                                   # of the frontier
-        z = model.predict_next(z[:, None], torch.arange(A, device=z.device))
-        found = F.normalize(z, dim=-1)                                  # (F, A, D)
-        changed = (found * states[first:, None]).sum(-1) <= same        # by the action
-        z, found, new = z.flatten(0, 1), found.flatten(0, 1), changed.flatten().nonzero()[:, 0]
-        known = [(some @ states.T).amax(1) > same for some in found[new].split(1024)]
-        new = new[~torch.cat(known)]
-        twins = (found[new] @ found[new].T > same).float()
-        new = new[twins.cumsum(1).diagonal() == 1]                      # the first of its kind
-        if len(new):
-            similarity, i = (found[new] @ goal.T).max(0)
-            if similarity > nearest:
-                best, nearest = len(parents) + i.item(), similarity
-        parents += [(first + i // A, i % A) for i in new.tolist()]
-        states, z = torch.cat([states, found[new]]), z[new]
+        first, frontier, z = len(parents) - len(z), z.split(128), []
+        for some in frontier:                                           # bounds the memory
+            after = model.predict_next(some[:, None], torch.arange(A, device=some.device))
+            after, found = after.flatten(0, 1), F.normalize(after, dim=-1)          # (F, A, D)
+            changed = (found * states[first:first + len(some), None]).sum(-1) <= same
+            found, new = found.flatten(0, 1), changed.flatten().nonzero()[:, 0]
+            new = new[(found[new] @ states.T).amax(1) <= same]
+            twins = (found[new] @ found[new].T > same).float()
+            new = new[twins.cumsum(1).diagonal() == 1]                  # the first of its kind
+            if len(new):
+                similarity, i = (found[new] @ goal.T).max(0)
+                if similarity > nearest:
+                    best, nearest = len(parents) + i.item(), similarity
+            parents += [(first + i // A, i % A) for i in new.tolist()]
+            states, first = torch.cat([states, found[new]]), first + len(some)
+            z.append(after[new])
+        z = torch.cat(z)
     plan = []
     while best:
         best, action = parents[best]

@@ -11,6 +11,7 @@ until it declares STOP; success is that all then looks like the goal (Anderson e
 at most twice the actions of the oracle, a breadth-first search of the simulator, plus 10.
 """
 
+import copy
 import json
 import sys
 import time
@@ -145,11 +146,22 @@ def plan_with_cem(model, obs, goal_obs, max_actions=20):
 def follow(model, planner, obs, goal_obs, step, anew=False):
     """Plan, act, look. STOP at the end of a plan that met the goal, if all that was seen is what
     was imagined, and at an empty plan; else plan again. anew: plan after every action; a rest
-    that met the goal stays, while things come as imagined, unless the new plan is no longer.
+    that met the goal stays, while things come as imagined, unless the new plan is no longer. What
+    came otherwise than imagined is believed from then on.
 
     step(action) acts for real and returns the next image (3, H, W), or None where all is over.
     Returns: was STOP declared?, the imagined latents (D,), and the seconds of each decision."""
-    imagined, seconds, rest = [], [], Plan()
+    imagined, seconds, rest, seen, imagine = [], [], Plan(), [], model.predict_next
+
+    def predict_next(z, action):
+        after = imagine(z, action)
+        for before, taken, came in seen:
+            again = same_state(model, z, before) & (action == taken)
+            after = torch.where(again[..., None], came, after)
+        return after
+
+    model = copy.copy(model)
+    model.predict_next = predict_next
     while True:
         began = time.perf_counter()
         plan = planner(model, obs, goal_obs, max_actions=MAX_STATES)
@@ -161,12 +173,14 @@ def follow(model, planner, obs, goal_obs, step, anew=False):
         rest = Plan(plan[1:], plan.met)
         z = model.encode(read_images(model, obs=obs))                  # (1, D)
         for action in plan[:1] if anew else plan:
-            z = model.predict_next(z, torch.tensor([action], device=z.device))
+            before, z = z, model.predict_next(z, torch.tensor([action], device=z.device))
             imagined.append(z[0])
             obs = step(action)
             if obs is None:
                 return False, imagined, seconds
-            if not same_state(model, z, model.encode_target(read_images(model, obs=obs))):
+            image = read_images(model, obs=obs)
+            if not same_state(model, z, model.encode_target(image)):
+                seen.append((before, action, model.encode(image)))
                 rest = Plan()
                 break
         else:

@@ -133,6 +133,22 @@ def test_the_number_of_imagined_states_is_bounded(monkeypatch):
     assert sum(asked) <= 10
 
 
+def test_what_came_otherwise_than_imagined_is_not_tried_again():
+    """The model imagines a gap where there is a wall: the way leads there once, then around."""
+    model, real = ExactModel(("#######", "#.....#", *MAZE[2:])), ExactModel()
+    pose, taken = [(1, 1, 0)], []
+
+    def step(action):
+        taken.append((pose[-1], action))
+        pose.append(real.after(pose[-1], action))
+        return real.image(pose[-1])
+
+    stopped, imagined, _ = follow(model, plan_actions, *images(real, (1, 1, 0), (5, 1, 0)), step)
+    assert stopped and pose[-1] == (5, 1, 0) and len(imagined) == len(taken)
+    assert taken.count(((2, 1, 0), 2)) == 1
+    assert len(plan_actions(model, *images(real, (1, 1, 0), (5, 1, 0)))) == 4    # as before
+
+
 @pytest.mark.parametrize("image, error, says", [
     (torch.zeros(3, 7, 7, dtype=torch.uint8), TypeError, "torch.uint8"),
     (torch.zeros(3, 7, 7).numpy(), TypeError, "float32"),
@@ -212,8 +228,8 @@ def test_no_step_is_taken_beyond_the_limit():
         def after(self, pose, action):
             return pose
 
-    trace, stopped, *_ = act(ExactModel(), Stuck(), (1, 1, 0), (5, 1, 0), limit=7)
-    assert not stopped and len(trace) == 8
+    trace, stopped, *_ = act(ExactModel(), Stuck(), (1, 1, 0), (5, 1, 0), limit=2)
+    assert not stopped and len(trace) == 3
 
 
 def test_cem_finds_a_near_goal():

@@ -46,7 +46,8 @@ WORLDS = """
     MiniGrid-PutNear-8x8-N3-v0 MiniGrid-GoToDoor-8x8-v0 MiniGrid-GoToObject-8x8-N2-v0
     MiniGrid-Dynamic-Obstacles-8x8-v0 MiniGrid-SimpleCrossingS9N2-v0 MiniGrid-LavaCrossingS9N2-v0
     MiniGrid-LavaGapS7-v0 MiniGrid-DistShift2-v0 MiniGrid-Empty-Random-6x6-v0 BabyAI-GoToLocal-v0
-    BabyAI-PickupLoc-v0 BabyAI-PutNextLocal-v0 BabyAI-OpenRedDoor-v0
+    BabyAI-PickupLoc-v0 BabyAI-PutNextLocal-v0 BabyAI-OpenRedDoor-v0 BabyAI-OneRoomS8-v0
+    BabyAI-GoToRedBallNoDists-v0
 """.split()        # the large ones first, so that they do not end last
 NEEDS = ("toggle", "key", "carried thing")
 DATA, LOCK = REPO / "data", threading.Lock()

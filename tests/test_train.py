@@ -171,7 +171,7 @@ def test_without_a_part_its_effect_is_gone(whole, large, monkeypatch, part, effe
 
 
 def test_reconstruction_decodes_far_better_than_the_mean_image(large):
-    found = learn(large, OBJECTIVE="reconstruction", EPOCHS=10)
+    found = learn(large, OBJECTIVE="reconstruction", EPOCHS=15)
     assert found["decoded"] < 0.4 * found["mean"]
 
 

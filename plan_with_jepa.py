@@ -76,7 +76,7 @@ def read_images(model, **images):
 def plan_actions(model, obs, goal_obs, max_actions=100):
     """Breadth-first search over imagined latents: the shortest imagined way to the goal's image.
 
-    Every action is imagined from every latent of the frontier, in one batch, and what is one state
+    Every action is imagined from every latent of the frontier, 128 at a time, and what is one state
     with an earlier one is dropped: no-ops, blocked moves and detours. What ends an episode leads
     back to itself in imagination, so no way leads across it.
 
@@ -92,7 +92,7 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
         if nearest > same or not len(z) or len(parents) >= MAX_STATES:
             break
         first, frontier, z = len(parents) - len(z), z.split(128), []
-        for some in frontier:                                           # bounds the memory
+        for some in frontier:
             after = model.predict_next(some[:, None], torch.arange(A, device=some.device))
             after, found = after.flatten(0, 1), F.normalize(after, dim=-1)          # (F, A, D)
             changed = (found * states[first:first + len(some), None]).sum(-1) <= same

@@ -141,7 +141,7 @@ def test_what_came_otherwise_than_imagined_is_not_tried_again():
     def step(action):
         taken.append((pose[-1], action))
         pose.append(real.after(pose[-1], action))
-        return real.image(pose[-1])
+        return real.image(pose[-1]) if len(taken) < 30 else None
 
     stopped, imagined, _ = follow(model, plan_actions, *images(real, (1, 1, 0), (5, 1, 0)), step)
     assert stopped and pose[-1] == (5, 1, 0) and len(imagined) == len(taken)

@@ -83,20 +83,19 @@ def settings():
     return values
 
 
-def say(text):
-    if rank() == 0:
-        tqdm.write(text)
+def rank():
+    """The number of this process among those that torchrun started; 0 where it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def wait():
-    """For the other processes, if there are any."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def rank():
-    """The number of this process among those that torchrun started; 0 where it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def say(text):
+    if rank() == 0:
+        tqdm.write(text)
 
 
 def load_data():
@@ -133,8 +132,7 @@ def new_model(data, episodes):
 
 def new_optimizer(model, batches):
     """-> AdamW, and its one-cycle schedule over EPOCHS."""
-    # With the usual beta2, 0.999, what is seldom seen is learnt more slowly. The schedule moves
-    # beta1 between 0.95 and 0.85, against the learning rate.
+    # beta2, 0.999 as a rule, learns what is seldom seen more slowly. The schedule sets beta1.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                   LEARNING_RATE, (0.9, 0.95), weight_decay=1e-4, fused=True)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(
@@ -250,7 +248,6 @@ def encode_frames(model, data, frames, target=False):
 @torch.no_grad()
 def validate(model, data, episodes):
     """One step ahead on held-out episodes: a dict of val_loss, cos, z_std, rank, hit@1 and copy.
-
     hit@1: among the distinct frames of 5,000 held-out transitions, the target latent nearest to the
     prediction is the true one; only those that changed something count. `copy` predicts no
     change: always a miss. For the planner it also sets model.same_state: two thirds of the way from
@@ -294,7 +291,6 @@ def plot_history(path, history):
         axis.set(title=title, xlabel="epoch")
         axis.set(**{"yscale": "log"} if "loss" in keys else {"ylim": (0, 1.1 * axis.get_ylim()[1])})
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
         axis.legend()
     collect.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
 

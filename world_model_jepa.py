@@ -24,8 +24,9 @@ import torch.nn.functional as F
 
 from collect_minigrid_data import write_atomically
 
-CHECKPOINT_FORMAT = 19
+CHECKPOINT_FORMAT = 20
 KINDS = 32  # of patches that maps show, at most
+SHARED = 32  # numbers of a kind that all places share, where the static part is made and read
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
@@ -44,6 +45,12 @@ def cut(obs, patch_size):
     return patches, index.view(B, H // patch_size, W // patch_size)
 
 
+def count(kind, kinds):
+    """(..., N) int64 -> (..., kinds): log(1 + how many there are of each)."""
+    number = torch.zeros(*kind.shape[:-1], kinds, device=kind.device)
+    return number.scatter_add_(-1, kind, torch.ones_like(kind, dtype=number.dtype)).log1p_()
+
+
 def components(x, share):
     """Features of patches (P, C), centred, share (P,) how often each occurs -> variance (R,), axes
     (C, R): the principal components that are more than rounding."""
@@ -55,15 +62,12 @@ def components(x, share):
 def slow_features(x, share, index):
     """Slow feature analysis (Wiskott & Sejnowski 2002), in closed form: what of patches mostly
     stays the same within episodes? Walls, goals, keys and doors do; the agent and its light do not.
-
     The change of a direction is how much it differs at one place between two frames of an episode,
-    squared, on average and for unit variance: 0 for what always stays, 2 for what comes and goes at
-    random. Each direction is kept by 1 / (1 + (change / 0.3)^8) of itself.
-
+    squared, for unit variance: 0 for what always stays, 2 for what comes and goes at random.
+    1 / (1 + (change / 0.3)^8) of each direction is kept.
     x, share: see components, index (N, 2, h, w) into them, pairs of frames -> slow (C, C): x @ slow
-    has unit variance, but for what is taken out; still (P,): the part of each patch that is kept,
-    at most 1; taken (P,): how much is taken out, most where things move. It is whitened less than
-    the rest: 0.1 of the largest variance is added to each."""
+    is what is kept; still (P,): the part of each patch that is kept, at most 1; taken (P,): how
+    much is taken out, most where things move (0.1 of the largest variance is added to each)."""
     size, axes = components(x, share)
     white = axes * size.rsqrt()                                         # (C, R)
     change, y = 0, x @ white                                            # (P, R), unit variance
@@ -81,7 +85,6 @@ def slow_features(x, share, index):
 def moving_features(x, share, moves):
     """Linear discriminant (Fisher 1936): directions of unit variance, times the part of it that is
     due to what moves. So all else is about 0, also a key that comes into the agent's light.
-
     x, share: see components, moves (P,): how often each patch is what moves -> (C, C)."""
     size, axes = components(x, share)
     white = axes * size.rsqrt()
@@ -95,10 +98,10 @@ class ConvEncoder(nn.Module):
 
     - the moving part (first `moving_dim` dims) reads each channel's sum over every row and every
       column, of what is mobile: a step to the next column is the same change in all rows.
-    - the static part is a linear map of which kind of patch stands at every place (each kind has a
-      code of its own, or a random one where there are more than `code_dim`), and the codes' sums
-      over all places: what is there, wherever it is. Kinds are told by a convolution that stays as
-      it began (as the patch projection of MoCo v3: Chen et al. 2021).
+    - the static part reads which kind of patch stands where, with weights of the place times those
+      of the kind (`share`): so a red door is known where only blue ones were seen. It also counts
+      the places of each kind. A convolution that stays as it began tells kinds (as the patch
+      projection of MoCo v3: Chen et al. 2021); each has a code, random above `code_dim` kinds.
 
     Raises ValueError where the sizes do not fit."""
 
@@ -123,16 +126,16 @@ class ConvEncoder(nn.Module):
         self.register_buffer("offset", torch.zeros(kinds))           # weights, minus its bias
         self.register_buffer("codes", F.normalize(torch.randn(kinds, code_dim), dim=-1))
         self.register_buffer("usual", torch.zeros(h * w, code_dim))  # of kinds, the average frame
+        self.register_buffer("number", torch.zeros(kinds))           # and its count
         self.moving = nn.Linear(channels * (h + w), moving_dim)
-        self.static = nn.Linear(code_dim * h * w, latent_dim - moving_dim - code_dim)
+        self.share = nn.Linear(code_dim, SHARED, bias=False)
+        self.static = nn.Linear(h * w * SHARED, latent_dim - moving_dim - code_dim)
 
     @torch.no_grad()
     def start_from(self, patches, index):
-        """Fits to the data, on the CPU, where `convolution` starts, and, for good, all that `judge`
-        reads and the codes. Filters are random, of whitened patches (Coates, Ng & Lee 2011): to
-        others, a closed door in the dark is next to floor.
-
-        patches, index: see sample_patches."""
+        """Fits to the data (see sample_patches), on the CPU, where `convolution` starts, and, for
+        good, all that `judge` reads and the codes. Filters are random, of whitened patches (Coates,
+        Ng & Lee 2011): to others, a closed door in the dark is next to floor."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
@@ -155,17 +158,19 @@ class ConvEncoder(nn.Module):
         self.average, self.fast = average.float(), (fast / most.sqrt()).float()
         self.kinds, self.offset = (kinds @ slow.T).float(), kinds.square().sum(1).float() / 2
         size, dim = min(len(kinds), self.codes.shape[1]), self.static.out_features
-        self.static = nn.Linear(size * len(self.usual), dim + self.codes.shape[1] - size)
+        self.share = nn.Linear(size, SHARED, bias=False)
+        self.static = nn.Linear(self.static.in_features, dim + self.codes.shape[1] - size)
         self.codes = torch.eye(size) if size == len(kinds) else self.codes[:len(kinds)].clone()
-        self.usual = F.embedding(index[:, 0].flatten(1), self.codes[kind]).mean(0)
+        kind = kind[index[:, 0].flatten(1)]                             # (N, h * w)
+        self.usual = self.codes[kind].mean(0)
+        self.number = count(kind, len(kinds)).mean(0)
 
     def choose_kinds(self, x, share, still):
         """Picks still patches, at most as many as `kinds` has rows, each the most frequent one that
         points in another direction than those before (a cosine below 0.8, and less if it moves):
         any two that never replace each other at a place are at right angles, however rare or alike
-        (spectral clustering: Ng, Jordan & Weiss 2001). A kind is then the average of the patches
-        nearest to it. x (P, filters) slow features, share (P,): how often each occurs, still (P,):
-        0 for what moves, to 1 -> kinds (K, filters)."""
+        (spectral clustering: Ng, Jordan & Weiss 2001). x (P, filters) slow features, share and
+        still (P,) -> kinds (K, filters), each the average of the patches nearest to its pick."""
         y = F.normalize(torch.cat([x, torch.ones_like(x[:, :1])], 1), dim=1)
         chosen, other = [], still
         while len(chosen) < len(self.kinds) and (other > 0.2).any():
@@ -203,11 +208,12 @@ class ConvEncoder(nn.Module):
         return join(self.moving(lines.view(B, -1)), self.lay_out(kind[index.flatten(1)]))
 
     def lay_out(self, kind):
-        """Kinds of all places (B, h * w) -> static part (B, S), of any norm. Its learnt numbers
-        have norm 1, so that the sums keep their share while weights grow."""
+        """Kinds of all places (B, h * w) -> static part (B, S). Its learnt numbers have norm 1."""
         shown = F.embedding(kind, self.codes) - self.usual              # (B, h * w, code_dim)
-        pooled = shown.sum(-2) / math.sqrt(len(self.usual))
-        return torch.cat([F.normalize(self.static(shown.flatten(1)), dim=-1), pooled], -1)
+        weight = self.static.weight.unflatten(1, (-1, SHARED)) @ self.share.weight
+        learnt = F.linear(shown.flatten(1), weight.flatten(1), self.static.bias)
+        number = (count(kind, len(self.codes)) - self.number) @ self.codes
+        return torch.cat([F.normalize(learnt, dim=-1), number / 4], -1)
 
 
 # --------------------------------------------------- 2. Latent dynamics: (z_t, action_t) -> z_{t+1}
@@ -220,11 +226,11 @@ class LatentDynamics(nn.Module):
     softly, one of `classes` in each of `groups`, and the next moving part is the sum of what a
     codebook holds for them (categorical latents: Hafner et al. 2021): small errors die out.
 
-    The static part stays, unless `change` puts another kind at one of the nine places: a key that
-    is picked up is gone. One rule holds for all nine, and is told what stands at a place and, in
-    eight numbers, what the action does there: so a door is opened alike from both sides. Then the
-    encoder makes a static part of the new map (`lay_out`). All stays, but not in training, if what
-    moves already stands on a kind that `ends` an episode, or would leave the nine places."""
+    The static part stays, unless `change` puts another kind at one of the nine places, by one rule
+    that is told what stands there and, in eight numbers, what the action does there: so a door is
+    opened alike from both sides. Then the encoder makes a static part of the new map (`lay_out`).
+    All stays, but not in training, if what moves already stands on a kind that `ends` an episode,
+    or would leave the nine places."""
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
                  code_dim=16, kinds=KINDS, groups=16, classes=32, action_dim=16):
@@ -235,7 +241,9 @@ class LatentDynamics(nn.Module):
         self.to_place = nn.Sequential(
             nn.Linear(moving_dim, hidden_dim // 2), nn.SiLU(),
             nn.Linear(hidden_dim // 2, sum(grid)))
-        self.to_map = nn.Linear(static_dim, kinds * math.prod(grid))
+        self.to_map = nn.Linear(static_dim, SHARED * math.prod(grid))
+        self.to_kind = nn.Linear(SHARED, kinds, bias=False)
+        self.to_all = nn.Linear(static_dim, kinds)
         self.action_embedding = nn.Embedding(num_actions, action_dim)
         self.register_buffer("codes", torch.zeros(kinds, code_dim))     # as the encoder's
         self.register_buffer("ends", torch.zeros(kinds, dtype=torch.bool))  # see find_ends
@@ -257,8 +265,13 @@ class LatentDynamics(nn.Module):
         return [x * math.sqrt(2 * x.shape[-1]) for x in z.split(self.split, -1)]
 
     def tell(self, static):
-        """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where?"""
-        return self.to_map(static).unflatten(-1, (len(self.codes), -1)).log_softmax(-2)
+        """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where? By
+        weights of the place times those of the kind, and by what holds anywhere."""
+        weight, bias = (self.to_kind.weight @ x.view(SHARED, -1)
+                        for x in (self.to_map.weight, self.to_map.bias))
+        x = F.linear(static, weight.view(-1, static.shape[-1]), bias.flatten())
+        x = x.unflatten(-1, (len(self.codes), -1)) + self.to_all(static)[..., None]
+        return x.log_softmax(-2)
 
     def point(self, moving):
         """(..., M) -> (..., 9) int64: the place of what moves and those around it, row by row (past
@@ -272,11 +285,10 @@ class LatentDynamics(nn.Module):
         """One action in a map that is given: moving (..., M), static (..., S), kind (..., h * w),
         action (...), whose leading shapes broadcast with the others' -> after (..., M), unit norm;
         static (..., S); over (..., 1): does all stay instead?; place (..., 9): see point; around
-        (..., 9, kinds): logits of what then stands there, which also depends on how many places of
-        each kind there are: what is missing may be in hand. It teaches the encoder nothing."""
+        (..., 9, kinds): logits of what then stands there, which teach the encoder nothing. They
+        depend on the places of each kind, too: what is missing may be in hand."""
         place, action = self.point(moving), self.action_embedding(action)
-        number = self.codes.new_zeros(*kind.shape[:-1], len(self.codes))
-        number.scatter_add_(-1, kind, number.new_ones(kind.shape)).log1p_()
+        number = count(kind, len(self.codes))
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
         moving, static, kind, place, action, number = (x.expand(*shape, -1) for x in (
             moving, static, kind, place, action, number))
@@ -329,8 +341,7 @@ class JEPAWorldModel(nn.Module):
         self.encoder = ConvEncoder(in_channels, latent_dim, image_size, patch_size, channels,
                                    code_dim, moving_dim, kinds)
         self.build()
-        # For the planner: the cosine above which two latents are one state, see train_jepa.py.
-        self.register_buffer("same_state", torch.tensor(0.95))
+        self.register_buffer("same_state", torch.tensor(0.95))  # for the planner: see validate
 
     def build(self):
         """Dynamics and target encoder, for the encoder's kinds of patches."""
@@ -352,10 +363,8 @@ class JEPAWorldModel(nn.Module):
     @torch.no_grad()
     def find_ends(self, patches, index, over, weight):
         """Notes which kinds of patch end an episode: where, more often than not, it was over once
-        what moves had come to stand on them (as DreamerV2's discount predictor, but counted).
-
-        patches (P, C, p, p) uint8, index (N, 2, h, w) into them: the frames of N steps, over (N,)
-        bool, weight (N,): see sample_steps."""
+        what moves had come to stand on them (as DreamerV2's discount predictor, but counted). For
+        the arguments see sample_steps."""
         judged = [self.encoder.judge(part / 255) for part in patches.split(4096)]
         kind, mobility = map(torch.cat, zip(*judged))
         place = mobility[index[:, 1]].flatten(1).argmax(1, keepdim=True)    # (N, 1)
@@ -385,9 +394,8 @@ class JEPAWorldModel(nn.Module):
         return torch.stack(latents, 1)
 
     def forward(self, obs, next_obs, actions):
-        """(B, 3, H, W) twice, (B,) -> loss, z_pred, z_target (B, latent_dim): the tutorial's step,
-        to look at; training is in Losses. The loss is at most 4 / latent_dim, and 0 for a collapsed
-        model too."""
+        """(B, 3, H, W) twice, (B,) -> loss (at most 4 / latent_dim), z_pred, z_target (B,
+        latent_dim): the tutorial's step, to look at; training is in Losses."""
         z_pred = self.predict_next(self.encode(obs), actions)
         z_target = self.encode_target(next_obs)
         return F.mse_loss(z_pred, z_target), z_pred, z_target
@@ -407,8 +415,8 @@ class BYOLWorldModel(JEPAWorldModel):
 
 class ReconstructionWorldModel(JEPAWorldModel):
     """As Dreamer (Hafner et al. 2020): besides, the frame that is seen and the next are decoded
-    from latent and prediction, by the encoder's mirror image: what is said of each place and of
-    each row and column is added, and a linear map draws each patch. There is no EMA."""
+    from latent and prediction, by the encoder's mirror image: places, rows and columns are added,
+    and a linear map draws each patch. There is no EMA."""
 
     objective = "reconstruction"
 
@@ -446,8 +454,7 @@ MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, Reconstructio
 
 # ---------------------------------------- 4. The objective: L = prediction + places + 0.01 pointing
 def encode_shared(encoder, patches, index, judged):
-    """from_patches, each process encoding its share of the batch. Gradients flow through, so that
-    every process has the losses and gradients of the whole batch."""
+    """from_patches, each process encoding its share of the batch; gradients flow through."""
     if not dist.is_initialized():
         return encoder.from_patches(patches, index, judged)
     own = index.chunk(dist.get_world_size())[dist.get_rank()]
@@ -504,7 +511,6 @@ def weigh_by_error(error):
 
 def pointing(dynamics, moving, mobility):
     """Teaches the dynamics where to look, and the encoder a little: to the most mobile patch.
-
     moving (N, M), mobility (N, h, w) -> cross-entropies of row and column."""
     place = torch.unravel_index(mobility.flatten(-2).argmax(-1), dynamics.grid)     # (N,) twice
     told = dynamics.to_place(moving).split(dynamics.grid, -1)
@@ -513,8 +519,8 @@ def pointing(dynamics, moving, mobility):
 
 # ----------------------------- 5. What a latent is worth: three numbers that the loss does not show
 def latent_spread(z):
-    """(N, D) unit-norm -> float: mean over dims of the standard deviation, times sqrt(D). 1.0 for
-    latents spread evenly on the sphere, 0 where every image has the same latent."""
+    """(N, D) unit-norm -> float, mean standard deviation of the dims times sqrt(D): 1 for latents
+    spread evenly on the sphere, 0 where every image has the same latent."""
     return (z.std(0).mean() * math.sqrt(z.shape[1])).item()
 
 
@@ -545,8 +551,8 @@ class CheckpointError(ValueError):
 
 
 def pick_device():
-    """The fastest of CUDA, MPS and CPU that this machine has; without CUDA, the processes that
-    torchrun starts take the CPU, where they can talk to each other."""
+    """The fastest of CUDA, MPS and CPU that this machine has; without CUDA, torchrun's processes
+    take the CPU, where they can talk to each other."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     alone = not torch.distributed.is_torchelastic_launched()
@@ -554,8 +560,7 @@ def pick_device():
 
 
 def save_checkpoint(path, model, weights, **rest):
-    """Writes a plain dict: what rebuilds the model, its `weights`, and `rest`, which has to hold
-    epoch, step, history, settings and data."""
+    """Writes a plain dict: what rebuilds the model, `weights` and `rest`, see read_checkpoint."""
     contents = {"format": CHECKPOINT_FORMAT, "objective": model.objective,
                 "arguments": model.arguments, "model": weights, **rest}
     write_atomically(path, lambda temporary: torch.save(contents, temporary))
@@ -599,6 +604,6 @@ def build_model(contents, path):
 
 
 def load_checkpoint(path):
-    """Path -> model, rebuilt from what the file says of itself, eval mode, on the CPU.
-    Raises CheckpointError: the file is missing, damaged, or of another format."""
+    """Path -> model, rebuilt from what the file says of itself, eval mode, on the CPU. Raises
+    CheckpointError: see read_checkpoint."""
     return build_model(read_checkpoint(path), path)

@@ -112,13 +112,37 @@ def test_the_static_part_sees_kinds_and_not_how_light_it_is():
     assert (dark - flipped).abs().amax(1).min() > 0.01
 
 
-def test_the_static_part_holds_sums_over_all_places():
+def test_the_static_part_holds_how_many_there_are_of_each_kind():
     encoder = ConvEncoder()
-    encoder.usual.normal_()
+    encoder.number.normal_()
     kind = torch.randint(32, (5, 64))
-    sums = encoder.lay_out(kind)[:, -16:]
-    torch.testing.assert_close(sums, (encoder.codes[kind] - encoder.usual).sum(1) / 8)
-    torch.testing.assert_close(sums, encoder.lay_out(kind.roll(3, 1))[:, -16:])
+    number = encoder.lay_out(kind)[:, -16:]
+    counts = torch.stack([some.bincount(minlength=32) for some in kind])
+    by_hand = (counts.log1p() - encoder.number) @ encoder.codes / 4
+    torch.testing.assert_close(number, by_hand)
+    torch.testing.assert_close(number, encoder.lay_out(kind.roll(3, 1))[:, -16:])
+
+
+def test_what_is_learnt_of_a_kind_holds_at_all_places():
+    """Two kinds with the same weights are told apart nowhere, and make the same static part, but
+    for their number: a place has no weights of its own for a kind."""
+    torch.manual_seed(0)
+    model = JEPAWorldModel(kinds=4)
+    dynamics, encoder = model.dynamics, model.encoder
+    with torch.no_grad():
+        for layer in (dynamics.to_kind, dynamics.to_all):
+            layer.weight[2] = layer.weight[3]
+        dynamics.to_all.bias[2] = dynamics.to_all.bias[3]
+        told = dynamics.tell(torch.randn(5, 80))
+        torch.testing.assert_close(told[:, 2], told[:, 3])
+        assert (told[:, 1] - told[:, 3]).abs().min(1).values.max() > 0.01
+        encoder.codes = torch.eye(4, 16)
+        encoder.share.weight[:, 2] = encoder.share.weight[:, 3]
+        kind = torch.randint(4, (5, 64))
+        learnt, other = (encoder.lay_out(some)[:, :64] for some in (
+            kind, torch.where(kind == 2, 3, kind)))
+    torch.testing.assert_close(learnt, other)
+    assert (learnt - encoder.lay_out(kind.clamp(max=1))[:, :64]).abs().max() > 0.01
 
 
 def test_the_moving_part_reads_sums_over_rows_and_columns():
@@ -396,6 +420,9 @@ def test_zero_is_the_average_of_what_the_static_part_sees(model):
     seen = model.encoder.codes[model.encoder.judge(patches / 255)[0]]
     seen = seen[index[:, 0]].flatten(1, 2)
     torch.testing.assert_close(model.encoder.usual, seen.mean(0), rtol=1e-4, atol=1e-5)
+    kinds = model.encoder.judge(patches / 255)[0][index[:, 0]].flatten(1)
+    number = F.one_hot(kinds, len(model.encoder.codes)).sum(1).float().log1p().mean(0)
+    torch.testing.assert_close(model.encoder.number, number, rtol=1e-4, atol=1e-5)
     if model.objective != "reconstruction":
         frames = torch.rand(3, 3, 64, 64)
         torch.testing.assert_close(model.encode_target(frames), model.encode(frames))
@@ -488,7 +515,8 @@ def test_gradients_reach_all_that_is_trained_and_never_the_target(objective):
     assert errors.shape == (12,) and not errors.requires_grad
     assert all(p.grad is None for p in model.target_encoder.parameters())
     assert model.encoder.fixed.weight.grad is None
-    without = () if objective == "jepa" else ("to_map", "to_place", "reach", "change")
+    without = () if objective == "jepa" else (
+        "to_map", "to_kind", "to_all", "to_place", "reach", "change")
     for name, p in model.named_parameters():
         if p.requires_grad and not any(layer in name for layer in without):
             assert p.grad is not None and p.grad.any(), name

@@ -220,7 +220,8 @@ def uninterrupted(few, tmp_path_factory):
 def test_all_that_is_trained_changes(uninterrupted):
     first, second = (epoch["model"] for epoch in uninterrupted[:2])
     fixed = {f"{which}.{name}" for which in ("encoder", "target_encoder") for name in (
-        "fixed.weight", "fixed.bias", "average", "fast", "kinds", "offset", "codes", "usual")}
+        "fixed.weight", "fixed.bias", "average", "fast", "kinds", "offset", "codes", "usual",
+        "number")}
     fixed |= {"dynamics.codes", "dynamics.ends"}
     assert {name for name in first if not torch.equal(first[name], second[name])
             } == first.keys() - fixed

@@ -48,8 +48,7 @@ class Transitions:
     Frame f is `frame_tiles[f]`, a map of rows of `tiles`. A frame equal to the one before it in the
     order obs[0], next_obs[0], obs[1], ... is kept once, so `obs_index[t] == next_obs_index[t]` says
     that nothing moved in transition t. An episode ends where the file's `episode` changes, or in a
-    file without that key where `dones` says so, and wherever next_obs[t] is not obs[t + 1].
-    """
+    file without that key where `dones` says so, and wherever next_obs[t] is not obs[t + 1]."""
 
     path: Path
     digest: str  # sha256 of the file, hex
@@ -111,8 +110,7 @@ def to_float(frames):
 # ---------------------------------------------------------------- reading and validating the file
 def load_transitions(npz_path, labels=True):
     """Read and validate a file -> Transitions, without the `labels` of probes if not wanted. Sizes
-    are checked before memory is taken and nothing is unpickled, so a damaged or hostile file costs
-    a DataError and no more, as a missing one does."""
+    are checked before memory is taken and nothing is unpickled. Raises DataError."""
     path, metadata = Path(npz_path), {}
     if not path.exists():
         raise DataError(f"{path} is missing: {COLLECT}")
@@ -239,7 +237,6 @@ def _read_frames(obs, next_obs, H, W, p):
         for k, member in enumerate((obs, next_obs)):
             shape, scale = (count, *member.shape[1:]), 255 if member.dtype.kind == "f" else 1
             frames[:, k] = _channels_last(member.take(shape, np.uint8, WANTED_FRAMES, scale))
-        # Compared in the widest words that divide a frame.
         words = frames.reshape(2 * count, -1).view(f"u{math.gcd(H * W * 3, 8)}")
         new.append(np.append((words[0] != last).any(), (words[1:] != words[:-1]).any(axis=1)))
         last = words[-1]
@@ -360,8 +357,7 @@ def sample_patches(transitions, episodes, seed):
 
 def sample_steps(transitions, episodes, most=5000):
     """All steps that ended an episode (`terminated`) and about `most` others, evenly spread ->
-    patches (P, 3, p, p) uint8, the distinct ones, index (N, 2, h, w) into them, over (N,) bool, and
-    how many steps each stands for (N,)."""
+    patches and index as sample_patches, over (N,) bool, and how many steps each stands for (N,)."""
     steps = steps_of(transitions, episodes)
     over = np.isin(steps, np.flatnonzero(transitions.terminated))  # none, where that is None
     stride = (~over).sum() // most + 1

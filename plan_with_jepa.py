@@ -33,7 +33,7 @@ from world_model_jepa import CheckpointError, build_model, pick_device, read_che
 
 # ------------------------------------------------------------------------ settings: edit and rerun
 NUM_TASKS = 200      # in the environment that the checkpoint was trained on
-CONTROL_TASKS = 5    # the first of them, for the slow controls: CEM and the other models
+CONTROL_TASKS = 5    # the first of them, for the slow controls: the other models
 SEED = 1000          # of the tasks; must differ from the data's, whose layouts were trained on
 MAX_STATES = 20000   # imagined states after which no search goes deeper; FourRooms has some 1,040
 
@@ -113,33 +113,6 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
         best, action = parents[best]
         plan.append(action)
     return Plan(plan[::-1], bool(nearest > same))
-
-
-@torch.no_grad()
-def plan_with_cem(model, obs, goal_obs, max_actions=20):
-    """Categorical cross-entropy method, for comparison: same contract as plan_actions, but at most
-    20 actions (Rubinstein 1999; for planning in latents e.g. Hafner et al. 2019).
-    Samples action sequences from independent categoricals, one per step; refits them to the tenth
-    whose imagined latents come nearest to the goal; returns the best up to its nearest step."""
-    images, samples, horizon = read_images(model, obs=obs, goal_obs=goal_obs), 256, 20
-    here, goal = F.normalize(model.encode_target(images), dim=-1)
-    best, nearest, A = [], (here @ goal).item(), model.arguments["num_actions"]
-    if nearest > model.same_state:
-        return Plan([], True)
-    odds = torch.full((min(max_actions, horizon), A), 1 / A, device=images.device)
-    for _ in range(4):
-        tries = torch.multinomial(odds, samples, replacement=True).T    # (samples, horizon)
-        z, scores = model.encode(images[:1]).expand(samples, -1), []
-        for t, action in enumerate(tries.T):
-            z = model.predict_next(z, action)
-            scores.append(F.normalize(z, dim=-1) @ goal - 1e-3 * t)  # the sooner the better
-        score, steps = torch.stack(scores, 1).max(1)                    # (samples,) each
-        elite = score.topk(samples // 10).indices
-        if score[elite[0]] > nearest:
-            nearest = score[elite[0]].item()
-            best = tries[elite[0], :steps[elite[0]] + 1].tolist()
-        odds = 0.1 * odds + 0.9 * F.one_hot(tries[elite], A).float().mean(0)        # (horizon, A)
-    return Plan(best, nearest + 1e-3 * max(0, len(best) - 1) > model.same_state.item())
 
 
 @torch.no_grad()
@@ -361,8 +334,8 @@ def summarise(name, attempts):
 
 def compare(world, models):
     """Runs every row of the table; models: {name: model} -> {name: attempts}, [summary, ...]."""
-    def search(model, planner=plan_actions, anew=False):
-        return lambda task, obs, goal, step: follow(model, planner, obs, goal, step, anew)
+    def search(model, anew=False):
+        return lambda task, obs, goal, step: follow(model, plan_actions, obs, goal, step, anew)
 
     torch.manual_seed(SEED)
     jepa = models["JEPA"]
@@ -380,7 +353,6 @@ def compare(world, models):
         "JEPA, search": (search(jepa), tasks),
         "JEPA, search anew": (search(jepa, anew=True), tasks),
         **{f"{name}, search": (search(model), few) for name, model in list(models.items())[1:]},
-        "JEPA, CEM": (search(jepa, plan_with_cem), few),
         "untrained, search": (search(untrained), few),
         "random policy": (partial(wander, jepa, useful), tasks),
         "path of one future" if world.random else "oracle": (oracle_policy, tasks),

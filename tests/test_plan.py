@@ -108,9 +108,8 @@ def test_plans_are_shortest_paths(noise, monkeypatch):
 
 def test_already_there_needs_no_action():
     model = ExactModel()
-    for planner in (plan_actions, plan.plan_with_cem):
-        actions = planner(model, *images(model, (2, 1, 3), (2, 1, 3)))
-        assert actions == [] and actions.met is True
+    actions = plan_actions(model, *images(model, (2, 1, 3), (2, 1, 3)))
+    assert actions == [] and actions.met is True
 
 
 def test_a_goal_out_of_reach_is_not_met():
@@ -161,11 +160,10 @@ def test_what_came_otherwise_than_imagined_is_not_tried_again():
 def test_wrong_images_are_refused(image, error, says):
     model = ExactModel()
     good = model.image((1, 1, 0))
-    for planner in (plan_actions, plan.plan_with_cem):
-        with pytest.raises(error, match=f"obs is|obs has.*{says}"):
-            planner(model, image, good)
-        with pytest.raises(error, match=r"goal_obs .*\(3, 7, 7\) in \[0, 1\] is wanted"):
-            planner(model, good, image)
+    with pytest.raises(error, match=f"obs is|obs has.*{says}"):
+        plan_actions(model, image, good)
+    with pytest.raises(error, match=r"goal_obs .*\(3, 7, 7\) in \[0, 1\] is wanted"):
+        plan_actions(model, good, image)
 
 
 def act(model, world, start, goal, limit=40, **options):
@@ -230,13 +228,6 @@ def test_no_step_is_taken_beyond_the_limit():
 
     trace, stopped, *_ = act(ExactModel(), Stuck(), (1, 1, 0), (5, 1, 0), limit=2)
     assert not stopped and len(trace) == 3
-
-
-def test_cem_finds_a_near_goal():
-    torch.manual_seed(0)
-    model = ExactModel()
-    actions = plan.plan_with_cem(model, *images(model, (1, 1, 0), (2, 2, 1)), 6)
-    assert model.run((1, 1, 0), actions) == (2, 2, 1) and actions.met
 
 
 def test_oracle_known_answers():
@@ -355,8 +346,8 @@ def test_whole_run(tmp_path, monkeypatch, capsys):
     result, printed = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
     assert result["env_id"] == "MiniGrid-Empty-5x5-v0" and result["settings"]["NUM_TASKS"] == 4
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == ["JEPA, search", "JEPA, search anew", "JEPA, CEM", "untrained, search",
-                          "random policy", "oracle"]
+    assert list(rows) == ["JEPA, search", "JEPA, search anew", "untrained, search", "random policy",
+                          "oracle"]
     assert rows["oracle"]["success_rate"] == rows["oracle"]["spl"] == 1
     assert rows["untrained, search"]["tasks"] == 2
     for name, row in rows.items():

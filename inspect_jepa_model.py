@@ -2,8 +2,8 @@
 
     python3 inspect_jepa_model.py
 
-Reads jepa_world_model.pt and reconstruction_world_model.pt beside this script (one is enough) and
-the data file they were trained on. Writes inspection.json, every number; inspection.png; and
+Reads the checkpoints of train_jepa.py beside this script, one for each OBJECTIVE that was trained,
+and the data file they were trained on. Writes inspection.json, every number; inspection.png; and
 rollout.gif, what the model imagines beside what happens.
 
 The scores come from layouts that no training run has seen: fresh episodes of the data file's
@@ -48,14 +48,14 @@ FORWARD = 2              # MiniGrid's number of the action; 0 and 1 turn
 RULES = {"EVAL_SEED": (int, 0), **dict.fromkeys(
     ("EVAL_EPISODES", "EVAL_STEPS", "MAX_WINDOWS", "STRICT_STATES", "HORIZON", "PROBE_LAYOUTS",
      "PROBE_EPISODES"), (int, 1))}
-COLOURS = {"jepa": "#0072B2", "reconstruction": "#D55E00", "untrained": "#E69F00",
-           "copy": "#009E73", "chance": "black", "simulator": "#CC79A7"}  # Okabe & Ito 2008
+COLOURS = {"jepa": "#0072B2", "byol": "#56B4E9", "reconstruction": "#D55E00", "chance": "black",
+           "untrained": "#E69F00", "copy": "#009E73", "simulator": "#CC79A7"}  # Okabe & Ito 2008
 
 
 # -------------------------------------------------- 1. load: checkpoints, data, held-out layouts
 def load_models(data, device):
     """-> {name: contents}, {name: model on `device`} of the checkpoints in HERE that fit."""
-    paths = {name: HERE / f"{name}_world_model.pt" for name in ("jepa", "reconstruction")}
+    paths = {name: HERE / f"{name}_world_model.pt" for name in jepa.MODELS}
     names = [name for name in paths if paths[name].exists()] or ["jepa"]
     contents = {name: jepa.read_checkpoint(paths[name]) for name in names}
     models = {name: jepa.build_model(its, paths[name]).to(device) for name, its in contents.items()}

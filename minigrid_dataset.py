@@ -303,7 +303,7 @@ class TransitionBatches:
     (B, 2, h, w) int64 into them: the frames before and after actions (B,) int64.
 
     An epoch has as many batches as transitions of `episodes` fill, `least` at least, in an order
-    that `seed` and the epoch decide. What `repeat` keeps back takes the place of others."""
+    that `seed` and the epoch decide. What `repeat` puts in takes the place of the last ones."""
 
     def __init__(self, transitions, episodes, batch_size, seed, least=1):
         self.transitions, self.batch_size, self.seed = transitions, batch_size, seed

@@ -118,9 +118,9 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
 @torch.no_grad()
 def follow(model, planner, obs, goal_obs, step, anew=False):
     """Plan, act, look. STOP at the end of a plan that met the goal, if all that was seen is what
-    was imagined, and at an empty plan; else plan again. anew: plan after every action; a rest
-    that met the goal stays, while things come as imagined, unless the new plan is no longer. What
-    came otherwise than imagined is believed from then on.
+    was imagined; else plan again, and give up at an empty plan. anew: plan after every action, and
+    keep the rest of the old plan unless the new one meets the goal and is no longer. What came
+    otherwise than imagined is believed from then on.
 
     step(action) acts for real and returns the next image (3, H, W), or None where all is over.
     Returns: was STOP declared?, the imagined latents (D,), and the seconds of each decision."""
@@ -142,7 +142,7 @@ def follow(model, planner, obs, goal_obs, step, anew=False):
         if rest.met and not (plan.met and len(plan) <= len(rest)):
             plan = rest
         if not plan:
-            return True, imagined, seconds
+            return plan.met, imagined, seconds
         rest = Plan(plan[1:], plan.met)
         z = model.encode(read_images(model, obs=obs))                  # (1, D)
         for action in plan[:1] if anew else plan:

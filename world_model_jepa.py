@@ -26,7 +26,7 @@ from collect_minigrid_data import write_atomically
 
 CHECKPOINT_FORMAT = 20
 KINDS = 32  # of patches that maps show, at most
-SHARED = 32  # numbers of a kind that all places share, where the static part is made and read
+SHARED = 32  # rank of the weights, place x kind, by which the static part is made and read
 
 
 # ------------------------------------------ 1. Encoder: an image becomes a point on the unit sphere
@@ -45,7 +45,7 @@ def cut(obs, patch_size):
     return patches, index.view(B, H // patch_size, W // patch_size)
 
 
-def count(kind, kinds):
+def log_counts(kind, kinds):
     """(..., N) int64 -> (..., kinds): log(1 + how many there are of each)."""
     number = torch.zeros(*kind.shape[:-1], kinds, device=kind.device)
     return number.scatter_add_(-1, kind, torch.ones_like(kind, dtype=number.dtype)).log1p_()
@@ -125,17 +125,17 @@ class ConvEncoder(nn.Module):
         self.register_buffer("kinds", torch.randn(kinds, filters))   # classifier of patches:
         self.register_buffer("offset", torch.zeros(kinds))           # weights, minus its bias
         self.register_buffer("codes", F.normalize(torch.randn(kinds, code_dim), dim=-1))
-        self.register_buffer("usual", torch.zeros(h * w, code_dim))  # of kinds, the average frame
-        self.register_buffer("number", torch.zeros(kinds))           # and its count
+        self.register_buffer("usual", torch.zeros(h * w, code_dim))  # mean code at each place
+        self.register_buffer("number", torch.zeros(kinds))           # mean of log_counts
         self.moving = nn.Linear(channels * (h + w), moving_dim)
         self.share = nn.Linear(code_dim, SHARED, bias=False)
         self.static = nn.Linear(h * w * SHARED, latent_dim - moving_dim - code_dim)
 
     @torch.no_grad()
     def start_from(self, patches, index):
-        """Fits to the data (see sample_patches), on the CPU, where `convolution` starts, and, for
-        good, all that `judge` reads and the codes. Filters are random, of whitened patches (Coates,
-        Ng & Lee 2011): to others, a closed door in the dark is next to floor."""
+        """Fits to the data (see sample_patches), on the CPU: where `convolution` starts and, for
+        good, what `classify` reads and the codes. Filters are random, of whitened patches (Coates,
+        Ng & Lee 2011): without whitening a closed door in the dark looks like floor."""
         x = patches[:10_000].flatten(1) / 255
         _, size, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         scale = size / (size.square() + (0.01 * size[0]).square() + 1e-9)   # 1 / size, if not noise
@@ -163,14 +163,14 @@ class ConvEncoder(nn.Module):
         self.codes = torch.eye(size) if size == len(kinds) else self.codes[:len(kinds)].clone()
         kind = kind[index[:, 0].flatten(1)]                             # (N, h * w)
         self.usual = self.codes[kind].mean(0)
-        self.number = count(kind, len(kinds)).mean(0)
+        self.number = log_counts(kind, len(kinds)).mean(0)
 
     def choose_kinds(self, x, share, still):
-        """Picks still patches, at most as many as `kinds` has rows, each the most frequent one that
-        points in another direction than those before (a cosine below 0.8, and less if it moves):
-        any two that never replace each other at a place are at right angles, however rare or alike
-        (spectral clustering: Ng, Jordan & Weiss 2001). x (P, filters) slow features, share and
-        still (P,) -> kinds (K, filters), each the average of the patches nearest to its pick."""
+        """Picks patches, at most as many as `kinds` has rows: each the most frequent one of those
+        with still * (1 - cosine) above 0.2 to all picks before. Any two that never replace each
+        other at a place are at right angles, however rare or alike (spectral clustering: Ng, Jordan
+        & Weiss 2001). x (P, filters) slow features, share and still (P,): see slow_features
+        -> kinds (K, filters), each the average of the patches nearest to its pick."""
         y = F.normalize(torch.cat([x, torch.ones_like(x[:, :1])], 1), dim=1)
         chosen, other = [], still
         while len(chosen) < len(self.kinds) and (other > 0.2).any():
@@ -185,7 +185,7 @@ class ConvEncoder(nn.Module):
         x = convolution(patches - 0.5).flatten(1)
         return F.relu(F.layer_norm(x, x.shape[1:]))
 
-    def judge(self, patches):
+    def classify(self, patches):
         """(P, C, p, p) -> kind (P,) int64, and mobility (P,): how much there is of what moves. The
         largest of a frame is 1, in the median."""
         x = self.look(self.fixed, patches) - self.average
@@ -194,10 +194,10 @@ class ConvEncoder(nn.Module):
     def forward(self, obs):
         return self.from_patches(*cut(obs, self.patch_size))
 
-    def from_patches(self, patches, index, judged=None):
+    def from_patches(self, patches, index, classified=None):
         """Images put together from patches (P, C, p, p) as index (B, h, w) says -> latents (B,
-        latent_dim), each distinct patch looked at once. judged: what `judge` says of them."""
-        kind, mobility = self.judge(patches) if judged is None else judged
+        latent_dim), each distinct patch looked at once. classified: what `classify` gives."""
+        kind, mobility = self.classify(patches) if classified is None else classified
         x = self.look(self.convolution, patches) * mobility.clamp_max(1)[:, None]
         B, h, w = index.shape
         image, row, column = (mobility > 1e-3)[index].nonzero(as_tuple=True)
@@ -205,14 +205,14 @@ class ConvEncoder(nn.Module):
         first = image * (h + w)                                         # of an image's lines
         lines = x.new_zeros(B * (h + w), x.shape[1]).index_add(0, first + row, seen).index_add(
             0, first + h + column, seen)
-        return join(self.moving(lines.view(B, -1)), self.lay_out(kind[index.flatten(1)]))
+        return join(self.moving(lines.view(B, -1)), self.encode_map(kind[index.flatten(1)]))
 
-    def lay_out(self, kind):
+    def encode_map(self, kind):
         """Kinds of all places (B, h * w) -> static part (B, S). Its learnt numbers have norm 1."""
         shown = F.embedding(kind, self.codes) - self.usual              # (B, h * w, code_dim)
         weight = self.static.weight.unflatten(1, (-1, SHARED)) @ self.share.weight
         learnt = F.linear(shown.flatten(1), weight.flatten(1), self.static.bias)
-        number = (count(kind, len(self.codes)) - self.number) @ self.codes
+        number = (log_counts(kind, len(self.codes)) - self.number) @ self.codes
         return torch.cat([F.normalize(learnt, dim=-1), number / 4], -1)
 
 
@@ -227,10 +227,10 @@ class LatentDynamics(nn.Module):
     codebook holds for them (categorical latents: Hafner et al. 2021): small errors die out.
 
     The static part stays, unless `change` puts another kind at one of the nine places, by one rule
-    that is told what stands there and, in eight numbers, what the action does there: so a door is
-    opened alike from both sides. Then the encoder makes a static part of the new map (`lay_out`).
-    All stays, but not in training, if what moves already stands on a kind that `ends` an episode,
-    or would leave the nine places."""
+    for all nine: it is given what stands there, eight numbers of what the action does there
+    (`reach`), the nine codes and the counts. Then the encoder makes a static part of the new map
+    (`encode_map`). All stays, but not in training, if what moves already stands on a kind that
+    `ends` an episode, or would leave the nine places."""
 
     def __init__(self, latent_dim=128, num_actions=7, hidden_dim=512, moving_dim=48, grid=(8, 8),
                  code_dim=16, kinds=KINDS, groups=16, classes=32, action_dim=16):
@@ -264,7 +264,7 @@ class LatentDynamics(nn.Module):
         """(..., latent_dim) -> moving and static part, coordinates of size about 1."""
         return [x * math.sqrt(2 * x.shape[-1]) for x in z.split(self.split, -1)]
 
-    def tell(self, static):
+    def read_map(self, static):
         """(..., S) -> log-probabilities (..., kinds, h * w): which kind of patch stands where? By
         weights of the place times those of the kind, and by what holds anywhere."""
         weight, bias = (self.to_kind.weight @ x.view(SHARED, -1)
@@ -281,14 +281,14 @@ class LatentDynamics(nn.Module):
                        for x in self.to_place(moving).split(self.grid, -1))
         return (row[..., None] * self.grid[1] + column[..., None, :]).flatten(-2)
 
-    def step(self, moving, static, kind, action, lay_out):
+    def step(self, moving, static, kind, action, encode_map):
         """One action in a map that is given: moving (..., M), static (..., S), kind (..., h * w),
         action (...), whose leading shapes broadcast with the others' -> after (..., M), unit norm;
         static (..., S); over (..., 1): does all stay instead?; place (..., 9): see point; around
         (..., 9, kinds): logits of what then stands there, which teach the encoder nothing. They
         depend on the places of each kind, too: what is missing may be in hand."""
         place, action = self.point(moving), self.action_embedding(action)
-        number = count(kind, len(self.codes))
+        number = log_counts(kind, len(self.codes))
         shape = torch.broadcast_shapes(moving.shape[:-1], action.shape[:-1])
         moving, static, kind, place, action, number = (x.expand(*shape, -1) for x in (
             moving, static, kind, place, action, number))
@@ -309,16 +309,16 @@ class LatentDynamics(nn.Module):
         some = (new != here).any(-1) & self.taught                      # (...)
         if some.any():
             maps = kind[some].scatter(-1, place[some], new[some])
-            static = static.masked_scatter(some[..., None], lay_out(maps))
+            static = static.masked_scatter(some[..., None], encode_map(maps))
         over = self.ends[here[..., 4:5]]
-        if self.taught:  # what seems to be elsewhere was not understood
+        if self.taught:  # a place outside the nine is a mistake
             over = over | ~hidden.any(-1, keepdim=True)
         return after, static, over, place, around
 
-    def forward(self, z, action, lay_out):
+    def forward(self, z, action, encode_map):
         moving, static = self.parts(z)
-        kind = self.tell(static).argmax(-2)                             # (..., h * w)
-        after, written, over, *_ = self.step(moving, static, kind, action, lay_out)
+        kind = self.read_map(static).argmax(-2)                             # (..., h * w)
+        after, written, over, *_ = self.step(moving, static, kind, action, encode_map)
         return join(torch.where(over, moving, after), torch.where(over, static, written))
 
 
@@ -327,7 +327,7 @@ class JEPAWorldModel(nn.Module):
     """Joint-embedding predictive architecture (LeCun 2022) with a BYOL-style target (Grill 2020):
     the prediction from (encode(obs), action) is regressed on encode_target(next_obs). The target
     encoder is an exponential moving average (EMA) of the online one and gets no gradient. In
-    training, the dynamics are shown the true map. Actions are integers below num_actions."""
+    training, the dynamics are given the frame's own map. Actions are integers below num_actions."""
 
     objective = "jepa"
 
@@ -365,8 +365,8 @@ class JEPAWorldModel(nn.Module):
         """Notes which kinds of patch end an episode: where, more often than not, it was over once
         what moves had come to stand on them (as DreamerV2's discount predictor, but counted). For
         the arguments see sample_steps."""
-        judged = [self.encoder.judge(part / 255) for part in patches.split(4096)]
-        kind, mobility = map(torch.cat, zip(*judged))
+        classified = [self.encoder.classify(part / 255) for part in patches.split(4096)]
+        kind, mobility = map(torch.cat, zip(*classified))
         place = mobility[index[:, 1]].flatten(1).argmax(1, keepdim=True)    # (N, 1)
         under = kind[index[:, 0].flatten(1).gather(1, place)[:, 0]]         # what it hides now
         sign = torch.where(over, weight, -weight)
@@ -383,7 +383,7 @@ class JEPAWorldModel(nn.Module):
 
     def predict_next(self, z, action):
         """(..., latent_dim), (...) int64 -> (..., latent_dim): compare it with encode_target."""
-        return self.dynamics(z, action, self.encoder.lay_out)
+        return self.dynamics(z, action, self.encoder.encode_map)
 
     def rollout(self, obs, actions):
         """(B, 3, H, W), (B, T) -> (B, T, latent_dim): no frame after the first is seen."""
@@ -453,12 +453,12 @@ MODELS = {m.objective: m for m in (JEPAWorldModel, BYOLWorldModel, Reconstructio
 
 
 # ---------------------------------------- 4. The objective: L = prediction + places + 0.01 pointing
-def encode_shared(encoder, patches, index, judged):
+def encode_shared(encoder, patches, index, classified):
     """from_patches, each process encoding its share of the batch; gradients flow through."""
     if not dist.is_initialized():
-        return encoder.from_patches(patches, index, judged)
+        return encoder.from_patches(patches, index, classified)
     own = index.chunk(dist.get_world_size())[dist.get_rank()]
-    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, judged)))
+    return torch.cat(dist.nn.all_gather(encoder.from_patches(patches, own, classified)))
 
 
 class Losses(nn.Module):
@@ -475,14 +475,14 @@ class Losses(nn.Module):
         cross-entropy of the nine places after the action, see weigh_by_error."""
         model, patches, index = self.model, batch["patches"] / 255, batch["index"]
         dynamics, encoder = model.dynamics, model.encoder
-        kinds, mobility = judged = encoder.judge(patches)               # (P,) each
-        z = encode_shared(encoder, patches, index[:, 0], judged)
+        kinds, mobility = classified = encoder.classify(patches)               # (P,) each
+        z = encode_shared(encoder, patches, index[:, 0], classified)
         with torch.no_grad():
-            target = encode_shared(model.target_encoder, patches, index[:, 1], judged)
+            target = encode_shared(model.target_encoder, patches, index[:, 1], classified)
         moving, static = dynamics.parts(z)                              # (B, M), (B, S)
         kind, then = kinds[index.flatten(2)].unbind(1)                  # (B, h * w) each
         after, written, _, place, around = dynamics.step(
-            moving, static, kind, batch["actions"], encoder.lay_out)
+            moving, static, kind, batch["actions"], encoder.encode_map)
         predicted = join(after, written)
         error = (predicted - target).square().sum(-1)                   # (B,)
         prediction = error.mean()
@@ -495,8 +495,8 @@ class Losses(nn.Module):
                 prediction = prediction + weigh_by_error(wrong.flatten())
         wrong = F.cross_entropy(around.mT, then.gather(-1, place), reduction="none")
         changes = weigh_by_error(wrong.sum(1))
-        told = F.nll_loss(dynamics.tell(static), kind, reduction="none").sum(1).log1p().mean()
-        both = torch.cat([moving, dynamics.parts(target)[0]])  # targets alone show the last frames
+        told = F.nll_loss(dynamics.read_map(static), kind, reduction="none").sum(1).log1p().mean()
+        both = torch.cat([moving, dynamics.parts(target)[0]])  # targets: last frames, too
         pointed = pointing(dynamics, both, mobility[torch.cat(index.unbind(1))])
         terms = {"prediction": prediction, "places": told + changes, "pointing": pointed}
         return terms, error.detach()

@@ -78,7 +78,7 @@ def test_the_moving_part_sees_what_is_mobile_and_the_static_part_all():
     torch.manual_seed(0)
     encoder = ConvEncoder()
     patches, index, _ = images(3)
-    kind, mobility = encoder.judge(patches)[0], torch.tensor([1, 0.5, 0, 0, 0, 0])
+    kind, mobility = encoder.classify(patches)[0], torch.tensor([1, 0.5, 0, 0, 0, 0])
     other = torch.cat([patches[:2], torch.rand(4, 3, 8, 8)])
     z, same = (encoder.from_patches(some, index, looks)[:, :48] for some, looks in (
         (patches, (kind, mobility)), (other, (kind.flip(0), mobility))))
@@ -104,7 +104,7 @@ def test_the_static_part_sees_kinds_and_not_how_light_it_is():
 
     def latents(kind, light):
         encoder.look = lambda layer, some: (encoder.kinds[kind] + light)[:, :len(layer.bias)]
-        return encoder.from_patches(patches, index, encoder.judge(patches))[:, 48:]
+        return encoder.from_patches(patches, index, encoder.classify(patches))[:, 48:]
 
     dark, light, flipped = (latents(*of) for of in (
         (kind, 0), (kind, torch.rand(6, 128)), (kind.flip(0), 0)))
@@ -116,11 +116,11 @@ def test_the_static_part_holds_how_many_there_are_of_each_kind():
     encoder = ConvEncoder()
     encoder.number.normal_()
     kind = torch.randint(32, (5, 64))
-    number = encoder.lay_out(kind)[:, -16:]
+    number = encoder.encode_map(kind)[:, -16:]
     counts = torch.stack([some.bincount(minlength=32) for some in kind])
     by_hand = (counts.log1p() - encoder.number) @ encoder.codes / 4
     torch.testing.assert_close(number, by_hand)
-    torch.testing.assert_close(number, encoder.lay_out(kind.roll(3, 1))[:, -16:])
+    torch.testing.assert_close(number, encoder.encode_map(kind.roll(3, 1))[:, -16:])
 
 
 def test_what_is_learnt_of_a_kind_holds_at_all_places():
@@ -133,16 +133,16 @@ def test_what_is_learnt_of_a_kind_holds_at_all_places():
         for layer in (dynamics.to_kind, dynamics.to_all):
             layer.weight[2] = layer.weight[3]
         dynamics.to_all.bias[2] = dynamics.to_all.bias[3]
-        told = dynamics.tell(torch.randn(5, 80))
+        told = dynamics.read_map(torch.randn(5, 80))
         torch.testing.assert_close(told[:, 2], told[:, 3])
         assert (told[:, 1] - told[:, 3]).abs().min(1).values.max() > 0.01
         encoder.codes = torch.eye(4, 16)
         encoder.share.weight[:, 2] = encoder.share.weight[:, 3]
         kind = torch.randint(4, (5, 64))
-        learnt, other = (encoder.lay_out(some)[:, :64] for some in (
+        learnt, other = (encoder.encode_map(some)[:, :64] for some in (
             kind, torch.where(kind == 2, 3, kind)))
     torch.testing.assert_close(learnt, other)
-    assert (learnt - encoder.lay_out(kind.clamp(max=1))[:, :64]).abs().max() > 0.01
+    assert (learnt - encoder.encode_map(kind.clamp(max=1))[:, :64]).abs().max() > 0.01
 
 
 def test_the_moving_part_reads_sums_over_rows_and_columns():
@@ -224,7 +224,7 @@ def all_stays(dynamics):
 
 def told_map(dynamics, kind):
     """The dynamics take `kind` (B, h, w) for what the static parts tell."""
-    dynamics.tell = lambda static: F.one_hot(kind.flatten(1), 3).mT
+    dynamics.read_map = lambda static: F.one_hot(kind.flatten(1), 3).mT
 
 
 def test_where_an_episode_is_over_nothing_changes_any_more():
@@ -254,7 +254,7 @@ def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
     what moves will stand, it hides what it stands on: a goal that is entered stays on the map."""
     torch.manual_seed(0)
     model, kind = JEPAWorldModel(kinds=3).eval(), torch.randint(3, (2, 8, 8))
-    dynamics, lay_out = model.dynamics, model.encoder.lay_out
+    dynamics, encode_map = model.dynamics, model.encoder.encode_map
     told_map(dynamics, kind)
     with torch.no_grad():
         point_at(dynamics, 5, 0)                    # after each action too
@@ -265,12 +265,12 @@ def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
         change.weight[:, 3] = torch.tensor([-1.0, 1, -1])
     kind[0, 5:7, 0] = 0
     kind[1, 5:7, 0] = 1                             # what it would become stands there already
-    static = lay_out(kind.flatten(1))
+    static = encode_map(kind.flatten(1))
     moving = F.normalize(torch.randn(2, 1, 48), dim=-1) * 48**0.5
     after, written, _, place, around = dynamics.step(
-        moving, static[:, None], kind.flatten(1)[:, None], torch.arange(3), lay_out)
+        moving, static[:, None], kind.flatten(1)[:, None], torch.arange(3), encode_map)
     alone = dynamics.step(moving[0, 0], static[0], kind.flatten(1)[0], torch.arange(3),
-                          lay_out)                  # of one state
+                          encode_map)                  # of one state
     for found, of in zip(alone, (after, written)):
         torch.testing.assert_close(found, of[0])
     told_map(dynamics, kind.clone())
@@ -280,7 +280,7 @@ def test_what_the_dynamics_change_is_written_where_it_stands_and_nowhere_else():
     assert became.tolist() == [[0, 0], [1, 1], [0, 0]]
     expected = static[:, None].repeat(1, 3, 1)
     kind[0, 6, 0] = 1                               # in the row below, and not at the place itself
-    expected[0, 1] = lay_out(kind[:1].flatten(1))[0]
+    expected[0, 1] = encode_map(kind[:1].flatten(1))[0]
     torch.testing.assert_close(written, expected)
     assert (written[0, 1] - static[0]).abs().max() > 0.01
 
@@ -298,10 +298,10 @@ def test_places_that_are_neighbours_twice_are_written_alike():
         reach, change = all_stays(dynamics)
         reach.bias.view(9, 8)[2, 0] = 9                         # column 4, once
         change.weight[:2, 0] = torch.tensor([-1.0, 1])
-    _, written, *_ = dynamics.step(torch.randn(1, 48), model.encoder.lay_out(kind.flatten(1)),
-                                   kind.flatten(1), torch.tensor([0]), model.encoder.lay_out)
+    _, written, *_ = dynamics.step(torch.randn(1, 48), model.encoder.encode_map(kind.flatten(1)),
+                                   kind.flatten(1), torch.tensor([0]), model.encoder.encode_map)
     kind[0, 0, 4] = 1
-    seen_so = model.encoder.lay_out(kind.flatten(1))
+    seen_so = model.encoder.encode_map(kind.flatten(1))
     torch.testing.assert_close(written, seen_so)
 
 
@@ -316,7 +316,7 @@ def test_what_the_map_lacks_far_away_counts_for_what_an_action_changes():
     moving, without = torch.randn(1, 48), kind.clone()
     without[0, 7, 7] = 1
     (after, *_, around), (other_after, *_, other_around) = (dynamics.step(
-        moving, torch.randn(1, 80), some.flatten(1), torch.tensor([4]), model.encoder.lay_out)
+        moving, torch.randn(1, 80), some.flatten(1), torch.tensor([4]), model.encoder.encode_map)
         for some in (kind, without))
     torch.testing.assert_close(after, other_after)
     assert (around - other_around).abs().max() > 0.01
@@ -350,7 +350,7 @@ def test_kinds_tell_what_stays_and_nothing_of_what_comes_and_goes():
     torch.manual_seed(0)
     encoder, (_, _, patches, index) = ConvEncoder(), looks()
     encoder.start_from(patches, index)
-    kind = encoder.judge(patches / 255)[0]                               # 0, 1 | 2, 3
+    kind = encoder.classify(patches / 255)[0]                               # 0, 1 | 2, 3
     assert kind[0] == kind[1] != kind[2] == kind[3] and torch.equal(encoder.codes, torch.eye(2))
     # A patch is of the nearest kind: that of the largest patch . kind - kind . kind / 2.
     x = encoder.look(encoder.fixed, patches / 255) - encoder.average
@@ -358,7 +358,7 @@ def test_kinds_tell_what_stays_and_nothing_of_what_comes_and_goes():
     torch.testing.assert_close(square, 2 * encoder.offset[kind[::2]], rtol=0.05, atol=0)
     faint = copy.deepcopy(encoder)
     faint.offset[kind[0]] += 1e6
-    assert (faint.judge(patches / 255)[0] == kind[2]).all()
+    assert (faint.classify(patches / 255)[0] == kind[2]).all()
     static = F.normalize(encoder.from_patches(patches / 255, index.flatten(0, 1))[:, 48:], dim=1)
     cosine = (static @ static.T).view(50, 2, 50, 2)
     assert cosine.diagonal(dim1=0, dim2=2).min() > 0.98 > 0.9 > cosine[0, :, 1:].max()
@@ -407,7 +407,7 @@ def test_the_agent_is_mobile_and_a_thing_of_any_colour_in_its_light_is_not():
     tiles = [Grid.render_tile(thing, highlight=True, tile_size=4) for thing in things]
     tiles += [Grid.render_tile(None, pose, highlight=True, tile_size=4) for pose in range(4)]
     tiles = torch.from_numpy(np.uint8(tiles)).permute(0, 3, 1, 2) / 255
-    mobility = encoder.judge(tiles)[1]
+    mobility = encoder.classify(tiles)[1]
     assert mobility[-4:].min() > 0.5 and mobility[:-4].max() < 0.1
 
 
@@ -417,10 +417,10 @@ def test_zero_is_the_average_of_what_the_static_part_sees(model):
     model.start_from(patches, index)
     seen = model.encoder.look(model.encoder.fixed, patches / 255)[index].flatten(0, 3)
     torch.testing.assert_close(model.encoder.average, seen.mean(0), rtol=1e-4, atol=1e-5)
-    seen = model.encoder.codes[model.encoder.judge(patches / 255)[0]]
+    seen = model.encoder.codes[model.encoder.classify(patches / 255)[0]]
     seen = seen[index[:, 0]].flatten(1, 2)
     torch.testing.assert_close(model.encoder.usual, seen.mean(0), rtol=1e-4, atol=1e-5)
-    kinds = model.encoder.judge(patches / 255)[0][index[:, 0]].flatten(1)
+    kinds = model.encoder.classify(patches / 255)[0][index[:, 0]].flatten(1)
     number = F.one_hot(kinds, len(model.encoder.codes)).sum(1).float().log1p().mean(0)
     torch.testing.assert_close(model.encoder.number, number, rtol=1e-4, atol=1e-5)
     if model.objective != "reconstruction":
@@ -439,7 +439,7 @@ def test_kinds_are_not_of_what_moves_and_first_of_what_is_often_seen(most):
     index[:, :, 0, 0] = 4
     encoder = ConvEncoder(kinds=most)
     encoder.start_from(patches, index.long())
-    kind = encoder.judge(patches / 255)[0]
+    kind = encoder.classify(patches / 255)[0]
     assert len(encoder.kinds) == min(most, 4) and len(set(kind[[0, 1, 4]].tolist())) == 3
     assert most == 3 or kind[3] not in kind[[0, 1, 4]]
 
@@ -460,7 +460,7 @@ def test_many_kinds_have_random_codes():
     patches = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8)
     encoder.start_from(patches, torch.randint(20, (200, 1, 8, 8)).repeat(1, 2, 1, 1))
     assert encoder.codes.shape == (20, 16) and torch.pdist(encoder.codes).min() > 0.3
-    assert encoder.judge(patches / 255)[0].unique().numel() == 20
+    assert encoder.classify(patches / 255)[0].unique().numel() == 20
 
 
 def test_the_start_keeps_what_an_objective_is(model):
@@ -529,11 +529,11 @@ def test_prediction_is_the_mean_error_of_one_step():
     all_stays(model.dynamics)
     torch.nn.init.normal_(model.target_encoder.moving.weight)       # of which it is the error
     terms, errors = Losses(model)(some)
-    kind = model.encoder.judge(patches)[0]
+    kind = model.encoder.classify(patches)[0]
     obs, after = join_tiles(patches, index).unbind(1)
     moving, static = model.dynamics.parts(model.encode(obs))
     moved = model.dynamics.step(moving, static, kind[index[:, 0].flatten(1)],
-                                some["actions"], model.encoder.lay_out)[0]
+                                some["actions"], model.encoder.encode_map)[0]
     by_hand = (join(moved, static) - model.encode_target(after)).square().sum(1)
     torch.testing.assert_close(errors, by_hand.detach(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(terms["prediction"], errors.mean())
@@ -543,14 +543,14 @@ def test_places_teach_what_stands_there_one_action_later(monkeypatch):
     torch.manual_seed(0)
     model, some, seen = JEPAWorldModel().eval(), batch(), []
     dynamics = model.dynamics
-    kinds = model.encoder.judge(some["patches"] / 255)[0]
+    kinds = model.encoder.classify(some["patches"] / 255)[0]
     monkeypatch.setattr(world_model_jepa, "weigh_by_error",
                         lambda error: seen.append(error) or weigh_by_error(error))
     Losses(model)(some)
     before, then = kinds[some["index"].flatten(2)].unbind(1)
     obs = join_tiles(some["patches"] / 255, some["index"][:, 0])
     *_, place, around = dynamics.step(*dynamics.parts(model.encode(obs)), before, some["actions"],
-                                      model.encoder.lay_out)
+                                      model.encoder.encode_map)
     after = then.gather(1, place)
     by_hand = -around.log_softmax(-1).gather(2, after[..., None]).sum((1, 2))
     torch.testing.assert_close(seen[0], by_hand, rtol=1e-3, atol=1e-4)
@@ -578,7 +578,7 @@ def test_pointing_teaches_frames_that_episodes_end_with(monkeypatch):
     monkeypatch.setattr(world_model_jepa, "pointing", lambda _, *of: seen.extend(of) or 0)
     Losses(model)(some)
     patches = some["patches"] / 255
-    mobility = model.encoder.judge(patches)[1][some["index"]]     # (B, 2, h, w)
+    mobility = model.encoder.classify(patches)[1][some["index"]]     # (B, 2, h, w)
     latents = model.encode_target(join_tiles(patches, some["index"]).flatten(0, 1))
     moving = model.dynamics.parts(latents)[0].unflatten(0, (-1, 2))     # online is target at first
     for found, both in zip(seen, (moving, mobility)):
@@ -591,7 +591,7 @@ def test_a_kind_ends_episodes_where_they_mostly_end_once_what_moves_hides_it():
     model, patches = JEPAWorldModel(), torch.randint(200, (4, 3, 8, 8), dtype=torch.uint8)
     patches[3] = 255
     model.start_from(patches, torch.randint(3, (50, 2, 8, 8)))
-    model.encoder.judge = lambda patches: (
+    model.encoder.classify = lambda patches: (
         torch.arange(4), (patches.mean((1, 2, 3)) > 0.9).float())
     model.dynamics.ends = torch.zeros(4, dtype=torch.bool)
     index = torch.randint(3, (30, 1, 8, 8)).repeat(1, 2, 1, 1)
@@ -648,11 +648,11 @@ def test_errors_weigh_by_their_size():
 def test_a_static_part_that_knows_the_layout_tells_the_places():
     torch.manual_seed(0)
     model, some = JEPAWorldModel(), batch()
-    true = model.encoder.judge(some["patches"] / 255)[0][some["index"][:, 0].flatten(1)]
+    true = model.encoder.classify(some["patches"] / 255)[0][some["index"][:, 0].flatten(1)]
     true = F.one_hot(true, 32).mT.float()                               # (B, kinds, h * w)
 
     def places(told):
-        model.dynamics.tell = lambda static: told.log_softmax(-2)
+        model.dynamics.read_map = lambda static: told.log_softmax(-2)
         return Losses(model)(some)[0]["places"]
 
     found = [places(told) for told in (20 * true, 0 * true, 20 * true.roll(1, 0))]

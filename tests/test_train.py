@@ -108,10 +108,10 @@ def effects(contents):
     cells = torch.from_numpy(data.grid[..., 0]).mT.flatten(1).long()    # (N, h * w)
     tiles = data.frame_tiles[data.obs_index].flatten(1).long()
     kinds = torch.stack([F.one_hot(cells[tiles == i], 9).sum(0) for i in range(len(data.tiles))])
-    told = model.dynamics.tell(static_before).argmax(-2)                # (N, h * w)
-    ends, kind = model.dynamics.ends[told], model.encoder.judge(to_float(data.tiles))[0]
+    told = model.dynamics.read_map(static_before).argmax(-2)                # (N, h * w)
+    ends, kind = model.dynamics.ends[told], model.encoder.classify(to_float(data.tiles))[0]
     shown = F.one_hot(kind, len(model.encoder.kinds)).T @ kinds         # (kinds, of cells)
-    mobile = start.encoder.judge(to_float(data.tiles))[1][data.frame_tiles[now].long()]
+    mobile = start.encoder.classify(to_float(data.tiles))[1][data.frame_tiles[now].long()]
     mobile = np.divmod(mobile.flatten(1).argmax(1).numpy(), mobile.shape[-1])[::-1]     # x, y
     untrained = train_jepa.validate(start, data, held_out)
     found = {

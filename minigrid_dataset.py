@@ -303,7 +303,7 @@ class TransitionBatches:
     (B, 2, h, w) int64 into them: the frames before and after actions (B,) int64.
 
     An epoch has as many batches as transitions of `episodes` fill, `least` at least, in an order
-    that `seed` and the epoch decide. What `repeat` puts in takes the place of the last ones."""
+    that `seed` and the epoch decide."""
 
     def __init__(self, transitions, episodes, batch_size, seed, least=1):
         self.transitions, self.batch_size, self.seed = transitions, batch_size, seed
@@ -320,19 +320,9 @@ class TransitionBatches:
         passes = math.ceil(len(self) * self.batch_size / len(self.steps))
         order = np.concatenate([rng.permutation(self.steps) for _ in range(passes)])
         order = torch.from_numpy(order).to(data.actions.device)
-        self.hardest = order[:0]
-        for _ in range(len(self)):
-            fresh = self.batch_size - len(self.hardest)
-            self.last, order = torch.cat([order[:fresh], self.hardest]), order[fresh:]
-            self.hardest = order[:0]
-            patches, index = data.patches(data.pairs(self.last))
-            yield {"patches": patches, "index": index, "actions": data.actions[self.last]}
-
-    def repeat(self, errors):
-        """Puts the quarter of the last batch with the largest `errors` (B,) into the next one too:
-        what is rare stays until it is learnt (hard example mining, as OHEM: Shrivastava, Gupta &
-        Girshick 2016, over batches)."""
-        self.hardest = self.last[errors.topk(self.batch_size // 4).indices]
+        for steps in order.split(self.batch_size)[:len(self)]:
+            patches, index = data.patches(data.pairs(steps))
+            yield {"patches": patches, "index": index, "actions": data.actions[steps]}
 
 
 def steps_of(transitions, episodes):

@@ -177,7 +177,6 @@ def train(path, device):
             optimizer.step()
             schedule.step()
             model.update_target_encoder(EMA_MOMENTUM)
-            batches.repeat(errors)
             total += errors.mean() / LATENT_DIM
             step += 1
             if number % LOG_EVERY == 0 or number == len(batches):

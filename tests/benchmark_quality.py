@@ -370,8 +370,6 @@ def train_as_set(data, recipe, body, weight):
         batches.set_epoch(epoch)
         for batch in batches:
             loss, errors = loss_of(model, batch)
-            if errors is not None:
-                batches.repeat(errors)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"{recipe}, {body}: the loss is {loss}")
             optimizer.zero_grad(set_to_none=True)

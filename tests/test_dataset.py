@@ -431,18 +431,6 @@ def test_the_order_is_a_function_of_seed_and_epoch(numbered):
     assert twice[:40] != twice[40:] and sorted(twice[:40]) == sorted(twice[40:]) == [*range(40)]
 
 
-def test_the_hardest_quarter_comes_again_until_others_are_harder(numbered):
-    batches, hard = md.TransitionBatches(numbered[1], range(8), 8, 0, least=12), {3, 11, 30}
-    seen = []
-    for batch in batches:
-        assert len(batch["actions"]) == 8
-        seen.append(set(batch["actions"].tolist()))
-        batches.repeat(torch.tensor([float(n in hard) for n in batch["actions"].tolist()]))
-    met = [hard & set().union(*seen[:k]) for k in range(1, 13)]
-    assert all(len(its & hard) >= min(2, len(known)) for its, known in zip(seen[1:], met))
-    assert set().union(*seen) == set(range(40))
-
-
 @pytest.mark.parametrize("batch_size, episodes, least, count", [
     (20, range(8), 1, 2), (18, range(8), 1, 2), (18, range(8), 5, 5), (50, range(8), 1, 1),
     (1, [5], 1, 2), (7, [5], 3, 3)])

@@ -227,23 +227,6 @@ def test_all_that_is_trained_changes(uninterrupted):
             } == first.keys() - fixed
 
 
-def test_every_batch_has_the_hardest_of_the_one_before(small, monkeypatch, no_picture):
-    met, repeat = [], TransitionBatches.repeat
-
-    def noted(batches, errors):
-        met.append((batches.last.tolist(), errors))
-        repeat(batches, errors)
-
-    monkeypatch.setattr(train_jepa, "EPOCHS", 1)
-    monkeypatch.setattr(train_jepa, "MIN_BATCHES", 5)
-    monkeypatch.setattr(TransitionBatches, "repeat", noted)
-    train_jepa.main()
-    assert len(met) >= 5
-    for (before, errors), (after, _) in zip(met, met[1:]):
-        least = errors.sort(descending=True).values[train_jepa.BATCH_SIZE // 4]
-        assert {row for row, error in zip(before, errors) if error > least} <= set(after)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that a kill costs no imports")
 @pytest.mark.parametrize("moment, last", [
     ("begin", 1), ("save", 1), ("batch", 3), ("save", 3)])

@@ -148,7 +148,7 @@ def train(path, device):
     model, data = new_model(data, train_episodes).to(device), data.to(device)
     batches = TransitionBatches(data, train_episodes, BATCH_SIZE, SEED, MIN_BATCHES)
     losses = Losses(model)
-    weights = {"prediction": 1, "places": PLACES_WEIGHT, "pointing": POINTING_WEIGHT}
+    weights = {"places": PLACES_WEIGHT, "pointing": POINTING_WEIGHT}   # the others have 1
     if dist.is_initialized():
         losses = DistributedDataParallel(losses, find_unused_parameters=OBJECTIVE == "byol")
     optimizer, schedule = new_optimizer(model, batches)
@@ -170,14 +170,14 @@ def train(path, device):
         progress = tqdm(batches, f"Epoch {epoch:02d}", leave=False, mininterval=1,
                         disable=rank() > 0)
         for number, batch in enumerate(progress, 1):
-            terms, errors = losses(batch)
-            loss = sum(weights[name] * term for name, term in terms.items())
+            terms = losses(batch)
+            loss = sum(weights.get(name, 1) * term for name, term in terms.items())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
             model.update_target_encoder(EMA_MOMENTUM)
-            total += errors.mean() / LATENT_DIM
+            total += terms["prediction"].detach() / LATENT_DIM
             step += 1
             if number % LOG_EVERY == 0 or number == len(batches):
                 average = (total / number).item()

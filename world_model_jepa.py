@@ -469,10 +469,10 @@ class Losses(nn.Module):
         self.model = model
 
     def forward(self, batch):
-        """A batch, see TransitionBatches -> {term: scalar}, and the prediction errors (B,) without
-        gradient, squared distances of unit-norm latents: latent_dim times what is logged.
-        "places" is log(1 + a frame's cross-entropy of which kind of patch stands where), plus the
-        cross-entropy of the nine places after the action, see weigh_by_error."""
+        """A batch, see TransitionBatches -> {term: scalar}. "prediction" is the squared distance of
+        unit-norm latents, latent_dim times the tutorial's loss. "places" is log(1 + a frame's
+        cross-entropy of which kind of patch stands where), plus the cross-entropy of the nine
+        places after the action, see weigh_by_error."""
         model, patches, index = self.model, batch["patches"] / 255, batch["index"]
         dynamics, encoder = model.dynamics, model.encoder
         kinds, mobility = classified = encoder.classify(patches)               # (P,) each
@@ -484,22 +484,22 @@ class Losses(nn.Module):
         after, written, _, place, around = dynamics.step(
             moving, static, kind, batch["actions"], encoder.encode_map)
         predicted = join(after, written)
-        error = (predicted - target).square().sum(-1)                   # (B,)
-        prediction = error.mean()
+        terms = {"prediction": (predicted - target).square().sum(-1).mean()}
         if model.objective == "byol":
-            return {"prediction": prediction}, error.detach()
+            return terms
         if model.objective == "reconstruction":
+            terms["pixels"] = 0
             for latent, frame in ((z, index[:, 0]), (predicted, index[:, 1])):
                 pixels = F.embedding(frame.flatten(1), patches.flatten(1))  # (B, h * w, C * p * p)
                 wrong = (model.decode_patches(latent) - pixels).square().mean(-1)
-                prediction = prediction + weigh_by_error(wrong.flatten())
+                terms["pixels"] = terms["pixels"] + weigh_by_error(wrong.flatten())
         wrong = F.cross_entropy(around.mT, then.gather(-1, place), reduction="none")
         changes = weigh_by_error(wrong.sum(1))
         told = F.nll_loss(dynamics.read_map(static), kind, reduction="none").sum(1).log1p().mean()
         both = torch.cat([moving, dynamics.parts(target)[0]])  # targets: last frames, too
-        pointed = pointing(dynamics, both, mobility[torch.cat(index.unbind(1))])
-        terms = {"prediction": prediction, "places": told + changes, "pointing": pointed}
-        return terms, error.detach()
+        terms["places"] = told + changes
+        terms["pointing"] = pointing(dynamics, both, mobility[torch.cat(index.unbind(1))])
+        return terms
 
 
 def weigh_by_error(error):

@@ -323,10 +323,9 @@ class Windows(TransitionBatches):
 
 
 def our_loss(model, batch):
-    """-> the loss of a batch as train_jepa.py has it, and the errors of its transitions."""
-    terms, errors = Losses(model)(batch)
+    """-> the loss of a batch as train_jepa.py has it."""
     return sum(getattr(train_jepa, f"{name.upper()}_WEIGHT", 1) * term
-               for name, term in terms.items()), errors
+               for name, term in Losses(model)(batch).items())
 
 
 def peer_loss(added, weight, model, batch):
@@ -340,7 +339,7 @@ def peer_loss(added, weight, model, batch):
         with torch.no_grad():
             target = see(model.target_encoder)
     error = ERRORS.get(added, one_step)(model, x, x if target is None else target, actions)
-    return error.mean() + added(model, x, actions, weight), None
+    return error.mean() + added(model, x, actions, weight)
 
 
 def train(data, recipe, body, weight, rate, epochs, seed):
@@ -369,7 +368,7 @@ def train_as_set(data, recipe, body, weight):
     for epoch in range(1, train_jepa.EPOCHS + 1 if learnt else 1):
         batches.set_epoch(epoch)
         for batch in batches:
-            loss, errors = loss_of(model, batch)
+            loss = loss_of(model, batch)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"{recipe}, {body}: the loss is {loss}")
             optimizer.zero_grad(set_to_none=True)

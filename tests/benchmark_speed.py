@@ -417,7 +417,7 @@ def bench_step(folder):
                 frames = minigrid_dataset.join_tiles(batch["patches"], batch["index"].flatten(0, 1))
                 batch["patches"], index = world_model_jepa.cut(frames.float(), side)
                 batch["index"] = index.unflatten(0, shape)
-            terms, _ = losses(batch)
+            terms = losses(batch)
             optimizer.zero_grad()
             sum(terms.values()).backward()
             optimizer.step()
@@ -468,7 +468,7 @@ def bench_scale(folder):
             "batches = t.TransitionBatches(data, episodes, t.BATCH_SIZE, t.SEED)\n"
             "losses, (optimizer, _) = t.Losses(model), t.new_optimizer(model, batches)\n"
             "for batch in batches:\n"
-            "    terms, errors = losses(batch)\n"
+            "    terms = losses(batch)\n"
             "    optimizer.zero_grad(); sum(terms.values()).backward(); optimizer.step()\n"
             "    model.update_target_encoder()\n"
             "print(len(data), loaded - began, time.time() - loaded,"

@@ -116,7 +116,7 @@ def plan_actions(model, obs, goal_obs, max_actions=100):
 
 
 @torch.no_grad()
-def follow(model, planner, obs, goal_obs, step, anew=False):
+def follow(model, obs, goal_obs, step, anew=False):
     """Plan, act, look. STOP at the end of a plan that met the goal, if all that was seen is what
     was imagined; else plan again, and give up at an empty plan. anew: plan after every action, and
     keep the rest of the old plan unless the new one meets the goal and is no longer. What came
@@ -137,7 +137,7 @@ def follow(model, planner, obs, goal_obs, step, anew=False):
     model.predict_next = predict_next
     while True:
         began = time.perf_counter()
-        plan = planner(model, obs, goal_obs, max_actions=MAX_STATES)
+        plan = plan_actions(model, obs, goal_obs, max_actions=MAX_STATES)
         seconds.append(time.perf_counter() - began)
         if rest.met and not (plan.met and len(plan) <= len(rest)):
             plan = rest
@@ -335,7 +335,7 @@ def summarise(name, attempts):
 def compare(world, models):
     """Runs every row of the table; models: {name: model} -> {name: attempts}, [summary, ...]."""
     def search(model, anew=False):
-        return lambda task, obs, goal, step: follow(model, plan_actions, obs, goal, step, anew)
+        return lambda task, obs, goal, step: follow(model, obs, goal, step, anew)
 
     torch.manual_seed(SEED)
     jepa = models["JEPA"]

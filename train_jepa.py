@@ -148,7 +148,7 @@ def train(path, device):
     model, data = new_model(data, train_episodes).to(device), data.to(device)
     batches = TransitionBatches(data, train_episodes, BATCH_SIZE, SEED, MIN_BATCHES)
     losses = Losses(model)
-    weights = {"places": PLACES_WEIGHT, "pointing": POINTING_WEIGHT}   # the others have 1
+    weights = {"places": PLACES_WEIGHT, "pointing": POINTING_WEIGHT}  # else 1
     if dist.is_initialized():
         losses = DistributedDataParallel(losses, find_unused_parameters=OBJECTIVE == "byol")
     optimizer, schedule = new_optimizer(model, batches)

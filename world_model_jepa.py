@@ -317,7 +317,7 @@ class LatentDynamics(nn.Module):
 
     def forward(self, z, action, encode_map):
         moving, static = self.parts(z)
-        kind = self.read_map(static).argmax(-2)                             # (..., h * w)
+        kind = self.read_map(static).argmax(-2)                         # (..., h * w)
         after, written, over, *_ = self.step(moving, static, kind, action, encode_map)
         return join(torch.where(over, moving, after), torch.where(over, static, written))
 
@@ -475,7 +475,7 @@ class Losses(nn.Module):
         places after the action, see weigh_by_error."""
         model, patches, index = self.model, batch["patches"] / 255, batch["index"]
         dynamics, encoder = model.dynamics, model.encoder
-        kinds, mobility = classified = encoder.classify(patches)               # (P,) each
+        kinds, mobility = classified = encoder.classify(patches)        # (P,) each
         z = encode_shared(encoder, patches, index[:, 0], classified)
         with torch.no_grad():
             target = encode_shared(model.target_encoder, patches, index[:, 1], classified)
@@ -492,7 +492,7 @@ class Losses(nn.Module):
             for latent, frame in ((z, index[:, 0]), (predicted, index[:, 1])):
                 pixels = F.embedding(frame.flatten(1), patches.flatten(1))  # (B, h * w, C * p * p)
                 wrong = (model.decode_patches(latent) - pixels).square().mean(-1)
-                terms["pixels"] = terms["pixels"] + weigh_by_error(wrong.flatten())
+                terms["pixels"] += weigh_by_error(wrong.flatten())
         wrong = F.cross_entropy(around.mT, then.gather(-1, place), reduction="none")
         changes = weigh_by_error(wrong.sum(1))
         told = F.nll_loss(dynamics.read_map(static), kind, reduction="none").sum(1).log1p().mean()

@@ -427,10 +427,10 @@ class FourRooms:
         facts = {"pose": "agent pose", "goal": "goal cell", "rooms": "room configuration"}
         known = {name + ahead: probes["model"].get(fact, {}).get(steps) for steps, ahead in
                  (("0", ""), ("10", " +10")) for name, fact in facts.items()}
-        (simulator, tasks), search = self.tasks, plan.plan_actions
+        simulator, tasks = self.tasks
         plans = plan.summarise("", [plan.attempt(
             simulator, task, lambda task, *images_and_step: plan.follow(
-                model, search, *images_and_step)) for task in tasks])
+                model, *images_and_step)) for task in tasks])
         return {**hits, **known, "plans": plans["success_rate"], "SPL": plans["spl"]}
 
 

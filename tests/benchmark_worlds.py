@@ -72,7 +72,7 @@ def inspect(folder):
 def plan(folder):
     """The rows "JEPA, search" and "oracle" of plan_with_jepa.py, task by task."""
     def search(task, obs, goal, step):
-        return plan_with_jepa.follow(models["JEPA"], plan_with_jepa.plan_actions, obs, goal, step)
+        return plan_with_jepa.follow(models["JEPA"], obs, goal, step)
 
     world, models = plan_with_jepa.prepare()
     end, attempts = time.monotonic() + 60 * PLAN_MINUTES, []

@@ -142,7 +142,7 @@ def test_what_came_otherwise_than_imagined_is_not_tried_again():
         pose.append(real.after(pose[-1], action))
         return real.image(pose[-1]) if len(taken) < 30 else None
 
-    stopped, imagined, _ = follow(model, plan_actions, *images(real, (1, 1, 0), (5, 1, 0)), step)
+    stopped, imagined, _ = follow(model, *images(real, (1, 1, 0), (5, 1, 0)), step)
     assert stopped and pose[-1] == (5, 1, 0) and len(imagined) == len(taken)
     assert taken.count(((2, 1, 0), 2)) == 1
     assert len(plan_actions(model, *images(real, (1, 1, 0), (5, 1, 0)))) == 4    # as before
@@ -176,7 +176,7 @@ def act(model, world, start, goal, limit=40, **options):
         trace.append(world.after(trace[-1], action))
         return model.image(trace[-1])
 
-    return trace, *follow(model, plan_actions, *images(model, start, goal), step, **options)
+    return trace, *follow(model, *images(model, start, goal), step, **options)
 
 
 @pytest.mark.parametrize("anew", [False, True])
